@@ -1,0 +1,1 @@
+"""What is being fine-tuned: tasks, data, models and the session that trains."""
