@@ -1,0 +1,174 @@
+"""What a policy can do to a fine-tuning job: a table from action index to a move of the level and an update choice.
+
+A *level* is a place on a geometric grid. What the grid measures is the table's `unit`: the relative size of one
+optimizer step, `||dtheta|| / ||theta||`, or a factor on the learning rate that the job was given. The tables are data;
+`Schedule` in `schedule.py` gives them their meaning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from llmrl_envs.errors import UserError
+
+DEFAULT_RELATIVE_UPDATE = 2.5e-3
+"""The level that holding keeps: relative change of the weights per optimizer step at the peak of the schedule."""
+
+
+class LevelUnit(StrEnum):
+    """What a level multiplies."""
+
+    RELATIVE_UPDATE = "relative_update"
+    GIVEN_RATE = "given_rate"
+
+
+class UpdateChoice(StrEnum):
+    """What an action does beside moving the level."""
+
+    NONE = "none"
+    ROLLBACK = "rollback"
+    FREEZE = "freeze"
+    TIGHTEN = "tighten"
+    COOLDOWN = "cooldown"
+
+
+@dataclass(frozen=True)
+class ScheduleAction:
+    """One row of an action table.
+
+    Attributes:
+        name: Shown in logs and stored with a policy.
+        move: Grid places to move from the present level; ignored when `level` is given.
+        level: Grid place to jump to, whatever the present one.
+        choice: What else happens to the job's updates.
+    """
+
+    name: str
+    move: int = 0
+    level: int | None = None
+    choice: UpdateChoice = UpdateChoice.NONE
+
+
+@dataclass(frozen=True)
+class ActionTable:
+    """Maps an action index to a `ScheduleAction`, over a grid of levels.
+
+    Attributes:
+        name: The table's name in `ACTION_TABLES`.
+        unit: What a level multiplies.
+        levels: The grid, ascending, in the unit.
+        default_level: The grid place at which a job starts.
+        actions: One entry an action index.
+    """
+
+    name: str
+    unit: LevelUnit
+    levels: tuple[float, ...]
+    default_level: int
+    actions: tuple[ScheduleAction, ...]
+
+    @property
+    def num_actions(self) -> int:
+        """Number of action indices, A."""
+        return len(self.actions)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The actions' names, in index order."""
+        return tuple(action.name for action in self.actions)
+
+    @property
+    def hold(self) -> int:
+        """The index of the action that changes nothing (for absolute tables: that jumps to the default level)."""
+        return self.names.index("hold")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ActionTable:
+        """Builds a table from what `to_dict` gave."""
+        actions = tuple(
+            ScheduleAction(row["name"], int(row["move"]), row["level"], UpdateChoice(row["choice"]))
+            for row in values["actions"]
+        )
+        levels = tuple(float(level) for level in values["levels"])
+        return cls(values["name"], LevelUnit(values["unit"]), levels, int(values["default_level"]), actions)
+
+    @property
+    def hash(self) -> str:
+        """A short digest of everything that gives an action index its meaning."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _geometric_grid(centre: float, ratio: float, below: int, above: int) -> tuple[float, ...]:
+    return tuple(centre * ratio**power for power in range(-below, above + 1))
+
+
+_RELATIVE_GRID = _geometric_grid(DEFAULT_RELATIVE_UPDATE, 1.7, 4, 4)
+_FACTOR_GRID = _geometric_grid(1.0, 2**0.5, 20, 20)
+
+_MOVES = (
+    ScheduleAction("two_down", move=-2),
+    ScheduleAction("one_down", move=-1),
+    ScheduleAction("hold"),
+    ScheduleAction("one_up", move=1),
+    ScheduleAction("two_up", move=2),
+)
+_CHOICES = (
+    ScheduleAction("rollback", choice=UpdateChoice.ROLLBACK),
+    ScheduleAction("freeze", choice=UpdateChoice.FREEZE),
+    ScheduleAction("tighten", choice=UpdateChoice.TIGHTEN),
+    ScheduleAction("cooldown", choice=UpdateChoice.COOLDOWN),
+)
+_JOINT = tuple(
+    ScheduleAction(
+        move.name if choice is UpdateChoice.NONE else choice.value if move.name == "hold" else f"{move.name}+{choice}",
+        move=move.move,
+        choice=choice,
+    )
+    for choice in (UpdateChoice.NONE, UpdateChoice.ROLLBACK, UpdateChoice.FREEZE, UpdateChoice.TIGHTEN)
+    for move in _MOVES
+) + (_CHOICES[-1],)
+_FACTORS = (
+    ScheduleAction("quarter", move=-4),
+    ScheduleAction("half", move=-2),
+    ScheduleAction("down_sqrt2", move=-1),
+    ScheduleAction("hold"),
+    ScheduleAction("up_sqrt2", move=1),
+    ScheduleAction("double", move=2),
+    ScheduleAction("quadruple", move=4),
+)
+_LEVELS = tuple(
+    ScheduleAction("hold" if place == 4 else f"level_{level:.2g}", level=place)
+    for place, level in enumerate(_RELATIVE_GRID)
+)
+
+ACTION_TABLES: dict[str, ActionTable] = {
+    table.name: table
+    for table in (
+        ActionTable("moves", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES + _CHOICES),
+        ActionTable("moves_only", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES),
+        ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _JOINT),
+        ActionTable("levels", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _LEVELS),
+        ActionTable("factors", LevelUnit.GIVEN_RATE, _FACTOR_GRID, 20, _FACTORS),
+    )
+}
+
+
+def action_table(name: str) -> ActionTable:
+    """The built-in table of that name.
+
+    Raises:
+        UserError: There is no such table.
+    """
+    if name not in ACTION_TABLES:
+        raise UserError("unknown action table", expected=f"one of {', '.join(ACTION_TABLES)}", got=repr(name))
+    return ACTION_TABLES[name]
