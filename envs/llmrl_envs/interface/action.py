@@ -128,15 +128,18 @@ _CHOICES = (
     ScheduleAction("tighten", choice=UpdateChoice.TIGHTEN),
     ScheduleAction("cooldown", choice=UpdateChoice.COOLDOWN),
 )
-_JOINT = tuple(
-    ScheduleAction(
-        move.name if choice is UpdateChoice.NONE else choice.value if move.name == "hold" else f"{move.name}+{choice}",
-        move=move.move,
-        choice=choice,
-    )
-    for choice in (UpdateChoice.NONE, UpdateChoice.ROLLBACK, UpdateChoice.FREEZE, UpdateChoice.TIGHTEN)
-    for move in _MOVES
-) + (_CHOICES[-1],)
+
+
+def _joint_actions() -> tuple[ScheduleAction, ...]:
+    """Every move together with every update choice that can accompany a move, and the cooldown."""
+    rows = list(_MOVES)
+    for choice in _CHOICES[:-1]:
+        for move in _MOVES:
+            name = choice.name if move.move == 0 else f"{move.name}+{choice.name}"
+            rows.append(ScheduleAction(name, move=move.move, choice=choice.choice))
+    return (*rows, _CHOICES[-1])
+
+
 _FACTORS = (
     ScheduleAction("quarter", move=-4),
     ScheduleAction("half", move=-2),
@@ -156,7 +159,7 @@ ACTION_TABLES: dict[str, ActionTable] = {
     for table in (
         ActionTable("moves", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES + _CHOICES),
         ActionTable("moves_only", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES),
-        ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _JOINT),
+        ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _joint_actions()),
         ActionTable("levels", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _LEVELS),
         ActionTable("factors", LevelUnit.GIVEN_RATE, _FACTOR_GRID, 20, _FACTORS),
     )

@@ -50,9 +50,7 @@ class RewardSpec:
             )
         for name in ("switch_cost", "rollback_cost", "time_cost"):
             if getattr(self, name) < 0.0:
-                raise UserError(
-                    "a cost is negative", expected=">= 0", got=getattr(self, name), where=f"reward.{name}"
-                )
+                raise UserError("a cost is negative", expected=">= 0", got=getattr(self, name), where=f"reward.{name}")
 
     def scale(self, initial: float, reference: float) -> float:
         """s = max(l_0 - l_ref, minimum_scale), in nats of log-loss."""

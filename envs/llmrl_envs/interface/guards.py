@@ -1,0 +1,66 @@
+"""Guards outside the policy: they act on what the job shows, whatever the policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrl_envs.interface.loss_tracker import LossTracker
+from llmrl_envs.interface.statistics import Booleans, Floats, Integers
+
+PATIENCE_DECISIONS = 3
+LOST_SHARE = 0.3
+NOISE_MULTIPLE = 3.0
+
+
+class FallBehindGuard:
+    """Tells when a job has lost too much of what it had gained, several decisions in a row.
+
+    A job is behind its envelope when its smoothed train loss stands above the best it had by more than the larger of
+    30 % of the gain so far and three standard deviations of the step-to-step noise. After three such decisions in a
+    row the policy has failed here, and the schedule falls back to a linear decay.
+
+    Args:
+        num_lanes: Number of jobs, E.
+    """
+
+    def __init__(self, num_lanes: int) -> None:
+        self.first: Floats = np.full(num_lanes, np.nan)
+        self.best: Floats = np.full(num_lanes, np.inf)
+        self.decisions_behind: Integers = np.zeros(num_lanes, np.int64)
+
+    def reset(self, lanes: Integers) -> None:
+        """Forgets `lanes`."""
+        self.first[lanes] = np.nan
+        self.best[lanes] = np.inf
+        self.decisions_behind[lanes] = 0
+
+    def update(self, losses: LossTracker) -> tuple[Booleans, Booleans]:
+        """Takes in the state after an interval.
+
+        Returns:
+            The lanes that are now at their best, bool[E], and those that must fall back, bool[E].
+        """
+        smoothed = losses.smoothed()
+        known = np.isfinite(smoothed)
+        self.first = np.where(known & np.isnan(self.first), smoothed, self.first)
+        at_best = known & (smoothed <= self.best)
+        self.best = np.where(at_best, smoothed, self.best)
+        gain = np.where(known, self.first - self.best, 0.0)
+        tolerance = np.maximum(LOST_SHARE * gain, NOISE_MULTIPLE * losses.noise() * np.where(known, self.best, 1.0))
+        behind = known & (smoothed - np.where(known, self.best, 0.0) > tolerance)
+        self.decisions_behind = np.where(behind, self.decisions_behind + 1, 0)
+        return np.asarray(at_best), np.asarray(self.decisions_behind >= PATIENCE_DECISIONS)
+
+    _STATE = ("first", "best", "decisions_behind")
+
+    def state_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that changes, as arrays of leading dimension E."""
+        return {name: getattr(self, name).copy() for name in self._STATE}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Restores what `state_dict` gave."""
+        for name in self._STATE:
+            setattr(self, name, np.array(state[name]))

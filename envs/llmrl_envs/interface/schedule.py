@@ -1,0 +1,339 @@
+"""The schedule that a sequence of actions makes: from levels to learning rates, for E jobs side by side.
+
+For a table in relative update sizes the learning rate of optimizer step t is
+
+    eta_t = rho * base(t) * ||theta|| / ||u||
+
+with rho the level, u the optimizer's update at learning rate one (measured as the job runs) and base a warm-up
+followed by a decay. Holding the default level is a good schedule by itself; actions move the level on its grid. For
+the table of factors the learning rate is factor * base(t) * given_rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrl_envs.errors import UserError
+from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
+from llmrl_envs.interface.statistics import Booleans, Floats, Integers
+
+BaseName = Literal["constant", "linear", "cosine", "wsd"]
+BASE_NAMES: tuple[BaseName, ...] = ("constant", "linear", "cosine", "wsd")
+WSD_DECAY_FRACTION = 0.2
+TIGHT_CLIPPING = 0.25
+NUM_PROMPT_MEASUREMENTS = 4
+
+_SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """What a schedule does besides its actions.
+
+    Attributes:
+        base: Shape over the budget that every level is multiplied with.
+        warmup_fraction: Share of the budget over which the rate rises linearly from near zero.
+        start: "default": the table's default level, whatever rate was given. "given": the level that the given
+            rate means for this model, for jobs whose rate is known to be good.
+        rollbacks: How many times a job may return to its best snapshot.
+        cooldown_progress: Share of the budget after which the level is final.
+        smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
+    """
+
+    base: BaseName = "linear"
+    warmup_fraction: float = 0.05
+    start: Literal["default", "given"] = "default"
+    rollbacks: int = 2
+    cooldown_progress: float = 0.9
+    smoothing: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.base not in BASE_NAMES:
+            raise UserError("unknown base schedule", expected=f"one of {', '.join(BASE_NAMES)}", got=repr(self.base))
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise UserError(
+                "the warm-up is out of range",
+                expected="a share of the budget in [0, 1)",
+                got=self.warmup_fraction,
+                where="schedule.warmup_fraction",
+            )
+
+    def warmup_steps(self, total_steps: Integers) -> Integers:
+        """Optimizer steps of warm-up, int64[E]."""
+        steps: Integers = np.rint(self.warmup_fraction * np.asarray(total_steps)).astype(np.int64)
+        return steps
+
+
+def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_steps: Integers) -> Floats:
+    """The base schedule's factor for the optimizer step with index `step` (from 0), float64[E].
+
+    Rises linearly over the warm-up to 1, then is constant, falls linearly or by a half cosine to zero at
+    `total_steps`, or ("wsd": warm-up, stable, decay) falls linearly over the last fifth.
+
+    >>> base_factor("linear", np.array([0, 5, 10]), np.array(10), np.array(0))
+    array([1. , 0.5, 0. ])
+    """
+    step_float = np.asarray(step, np.float64)
+    span = np.maximum(np.asarray(total_steps) - warmup_steps, 1)
+    progress = np.clip((step_float - warmup_steps) / span, 0.0, 1.0)
+    if name == "constant":
+        decay = np.ones_like(progress)
+    elif name == "linear":
+        decay = 1.0 - progress
+    elif name == "cosine":
+        decay = 0.5 * (1.0 + np.cos(np.pi * progress))
+    else:
+        decay = np.minimum(1.0, (1.0 - progress) / WSD_DECAY_FRACTION)
+    rise = np.minimum(1.0, (step_float + 1.0) / np.maximum(warmup_steps + 1, 1))
+    return np.asarray(rise * decay, np.float64)
+
+
+def decision_intervals(total_steps: int) -> tuple[int, ...]:
+    """Lengths of a job's decision intervals in optimizer steps; they add up to `total_steps`.
+
+    Four short intervals and three middling ones come first, because a wrong rate does its damage at the beginning;
+    then one decision every n = max(4, round(total_steps / 40)) steps.
+
+    >>> decision_intervals(40)
+    (2, 2, 2, 2, 4, 4, 4, 4, 4, 4, 4, 4)
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
+    usual = max(4, round(total_steps / 40))
+    first, second = max(2, round(usual / 4)), max(4, round(usual / 2))
+    lengths = [first] * 4 + [second] * 3
+    lengths += [usual] * (1 + (max(total_steps - sum(lengths), 0)) // usual)
+    ends = np.minimum(np.cumsum(lengths), total_steps)
+    intervals = np.diff(ends, prepend=0)
+    kept = [int(length) for length in intervals if length > 0]
+    if len(kept) > 1 and kept[-1] < usual // 2:
+        kept[-2:] = [kept[-2] + kept[-1]]
+    return tuple(kept)
+
+
+class Schedule:
+    """The schedules of E jobs: levels, toggles and cooldowns, changed by actions and read as learning rates.
+
+    Args:
+        table: What the action indices mean.
+        total_steps: int64[E], budgets in optimizer steps.
+        given_rate: float64[E], the learning rates that the jobs came with.
+        settings: Base schedule, warm-up, start, limits.
+        capabilities: Update choices that the host can carry out; the others are masked.
+    """
+
+    def __init__(
+        self,
+        table: ActionTable,
+        total_steps: Integers,
+        given_rate: Floats,
+        settings: ScheduleSettings | None = None,
+        capabilities: frozenset[UpdateChoice] = frozenset(UpdateChoice),
+    ) -> None:
+        self.table = table
+        self.settings = settings or ScheduleSettings()
+        self.capabilities = capabilities
+        self._moves: Integers = np.array([action.move for action in table.actions], np.int64)
+        self._jumps: Integers = np.array(
+            [-1 if action.level is None else action.level for action in table.actions], np.int64
+        )
+        self._choices: Integers = np.array([_SETTING_CHOICES.index(action.choice) for action in table.actions])
+        self._grid: Floats = np.array(table.levels, np.float64)
+        lanes = len(np.atleast_1d(total_steps))
+        self._allocate(lanes)
+        self.reset(np.arange(lanes), np.atleast_1d(total_steps), np.atleast_1d(given_rate))
+
+    def _allocate(self, lanes: int) -> None:
+        self.step: Integers = np.zeros(lanes, np.int64)
+        self.total_steps: Integers = np.ones(lanes, np.int64)
+        self.given_rate: Floats = np.zeros(lanes)
+        self.level: Integers = np.zeros(lanes, np.int64)
+        self.highest_level: Integers = np.zeros(lanes, np.int64)
+        self.decisions_since_change: Integers = np.zeros(lanes, np.int64)
+        self.last_action: Integers = np.full(lanes, -1, np.int64)
+        self.frozen: Booleans = np.zeros(lanes, np.bool_)
+        self.tight: Booleans = np.zeros(lanes, np.bool_)
+        self.cooldown_start: Integers = np.full(lanes, -1, np.int64)
+        self.rollbacks_left: Integers = np.zeros(lanes, np.int64)
+        self.has_snapshot: Booleans = np.zeros(lanes, np.bool_)
+        self.fallen_back: Booleans = np.zeros(lanes, np.bool_)
+        self.weight_to_update: Floats = np.full(lanes, np.nan)
+        self.num_measurements: Integers = np.zeros(lanes, np.int64)
+        self.grid_shift: Floats = np.ones(lanes)
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of jobs, E."""
+        return len(self.level)
+
+    def reset(self, lanes: Integers, total_steps: Integers, given_rate: Floats) -> None:
+        """Starts new jobs in `lanes`; `total_steps` and `given_rate` have one entry per entry of `lanes`."""
+        self.step[lanes] = 0
+        self.total_steps[lanes] = total_steps
+        self.given_rate[lanes] = given_rate
+        self.level[lanes] = self.table.default_level
+        self.highest_level[lanes] = self.table.default_level
+        self.decisions_since_change[lanes] = 0
+        self.last_action[lanes] = -1
+        self.cooldown_start[lanes] = -1
+        self.rollbacks_left[lanes] = self.settings.rollbacks
+        self.weight_to_update[lanes] = np.nan
+        self.num_measurements[lanes] = 0
+        self.grid_shift[lanes] = 1.0
+        for flag in (self.frozen, self.tight, self.has_snapshot, self.fallen_back):
+            flag[lanes] = False
+
+    # -- measurements ---------------------------------------------------------------------------------------------
+
+    def observe_norms(self, update_norm: Floats, weight_norm: Floats) -> None:
+        """Takes in ||u|| and ||theta||, float64[E]; values that are not finite and positive are passed over.
+
+        The first few measurements replace the ratio at once (Adam's update changes quickly while its moments fill),
+        later ones are smoothed in log space.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.asarray(weight_norm, np.float64) / np.asarray(update_norm, np.float64)
+        usable = np.isfinite(ratio) & (ratio > 0.0)
+        first = usable & np.isnan(self.weight_to_update)
+        weight = np.where(self.num_measurements <= NUM_PROMPT_MEASUREMENTS, 1.0, self.settings.smoothing)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            smoothed = self.weight_to_update ** (1.0 - weight) * np.where(usable, ratio, 1.0) ** weight
+        self.weight_to_update = np.where(first, ratio, np.where(usable, smoothed, self.weight_to_update))
+        self.num_measurements += usable
+        if self.settings.start == "given" and self.table.unit is LevelUnit.RELATIVE_UPDATE:
+            self._start_at_given_rate(first)
+
+    def _start_at_given_rate(self, lanes: Booleans) -> None:
+        """Puts the level where the first learning rate at the peak equals the given one exactly."""
+        wanted = np.where(lanes, self.given_rate / self.weight_to_update, 1.0)
+        nearest = np.abs(np.log(self._grid)[None, :] - np.log(wanted)[:, None]).argmin(axis=1)
+        self.level = np.where(lanes, nearest, self.level)
+        self.highest_level = np.where(lanes, nearest, self.highest_level)
+        self.grid_shift = np.where(lanes, wanted / self._grid[nearest], self.grid_shift)
+
+    # -- learning rates -------------------------------------------------------------------------------------------
+
+    def peak_rate(self) -> Floats:
+        """The learning rate that each lane's level means where the base schedule is 1, float64[E]."""
+        level = self._grid[self.level] * self.grid_shift
+        if self.table.unit is LevelUnit.GIVEN_RATE:
+            return np.asarray(level * self.given_rate)
+        return np.asarray(level * self.weight_to_update)
+
+    def factor(self, step: Integers) -> Floats:
+        """Base schedule and cooldown at the optimizer steps with indices `step`, float64[E]."""
+        warmup = self.settings.warmup_steps(self.total_steps)
+        base = base_factor(self.settings.base, step, self.total_steps, warmup)
+        start = np.maximum(self.cooldown_start, 0)
+        at_start = base_factor(self.settings.base, start, self.total_steps, warmup)
+        left = np.clip((self.total_steps - np.asarray(step)) / np.maximum(self.total_steps - start, 1), 0.0, 1.0)
+        return np.where(self.cooldown_start >= 0, at_start * left, base)
+
+    def learning_rate(self, step: Integers) -> Floats:
+        """Learning rate of the optimizer steps with indices `step` (from 0), float64[E].
+
+        NaN until `observe_norms` has been called for a lane of a table in relative update sizes.
+        """
+        return self.peak_rate() * self.factor(step)
+
+    def clipping_factor(self) -> Floats:
+        """What the job's gradient-norm limit is multiplied with, float64[E]."""
+        return np.where(self.tight, TIGHT_CLIPPING, 1.0)
+
+    # -- actions --------------------------------------------------------------------------------------------------
+
+    def target_levels(self) -> Integers:
+        """Level that each action would lead to, before clipping to the grid, int64[E, A]."""
+        moved = self.level[:, None] + self._moves[None, :]
+        return np.asarray(np.where(self._jumps[None, :] >= 0, self._jumps[None, :], moved))
+
+    def mask(self) -> Booleans:
+        """Which actions are available, bool[E, A]; holding always is, and alone after a cooldown."""
+        target = self.target_levels()
+        available = (target >= 0) & (target < len(self._grid))
+        progress = self.step / self.total_steps
+        for choice, allowed in (
+            (UpdateChoice.ROLLBACK, self.has_snapshot & (self.rollbacks_left > 0)),
+            (UpdateChoice.FREEZE, np.ones(self.num_lanes, np.bool_)),
+            (UpdateChoice.TIGHTEN, np.ones(self.num_lanes, np.bool_)),
+            (UpdateChoice.COOLDOWN, progress >= 0.25),
+        ):
+            columns = self._choices == _SETTING_CHOICES.index(choice)
+            available[:, columns] &= allowed[:, None] & (choice in self.capabilities)
+        available[self.is_final] = False
+        available[:, self.table.hold] = True
+        return np.asarray(available)
+
+    @property
+    def is_final(self) -> Booleans:
+        """Lanes whose level no action moves any more, bool[E]."""
+        late = self.step >= self.settings.cooldown_progress * self.total_steps
+        return np.asarray((self.cooldown_start >= 0) | self.fallen_back | late)
+
+    def apply(self, actions: Integers) -> tuple[Integers, Booleans]:
+        """Carries out one action in each lane; an unavailable one counts as holding.
+
+        Returns:
+            The actions carried out, int64[E], and the lanes that must now return to their snapshot, bool[E].
+        """
+        actions = np.asarray(actions, np.int64)
+        if actions.shape != (self.num_lanes,) or (actions < 0).any() or (actions >= self.table.num_actions).any():
+            raise ValueError(
+                f"actions: expected int64[{self.num_lanes}] in [0, {self.table.num_actions}), got {actions!r}"
+            )
+        rows = np.arange(self.num_lanes)
+        actions = np.where(self.mask()[rows, actions], actions, self.table.hold)
+        movable = ~self.is_final
+        choice = self._choices[actions]
+        rollback = choice == _SETTING_CHOICES.index(UpdateChoice.ROLLBACK)
+        level = np.where(movable, self.target_levels()[rows, actions], self.level) - rollback
+        level = np.clip(level, 0, len(self._grid) - 1)
+        toggled = np.isin(
+            choice, [_SETTING_CHOICES.index(UpdateChoice.FREEZE), _SETTING_CHOICES.index(UpdateChoice.TIGHTEN)]
+        )
+        self.frozen ^= choice == _SETTING_CHOICES.index(UpdateChoice.FREEZE)
+        self.tight ^= choice == _SETTING_CHOICES.index(UpdateChoice.TIGHTEN)
+        cooling = choice == _SETTING_CHOICES.index(UpdateChoice.COOLDOWN)
+        self.cooldown_start = np.where(cooling, self.step, self.cooldown_start)
+        self.rollbacks_left -= rollback
+        changed = (level != self.level) | toggled | cooling | rollback
+        self.decisions_since_change = np.where(changed, 0, self.decisions_since_change + 1)
+        self.level = level
+        self.highest_level = np.maximum(self.highest_level, level)
+        self.last_action = actions
+        return actions, np.asarray(rollback)
+
+    def advance(self, step: Integers) -> None:
+        """Tells the schedule how many optimizer steps are done, int64[E]."""
+        self.step = np.array(step, np.int64)
+
+    def fall_back(self, lanes: Booleans) -> None:
+        """Takes lanes out of the policy's hands: linear decay from one level below the present or default one."""
+        new = lanes & ~self.fallen_back
+        lower = np.maximum(np.minimum(self.level, self.table.default_level) - 1, 0)
+        self.level = np.where(new, lower, self.level)
+        self.cooldown_start = np.where(new & (self.cooldown_start < 0), self.step, self.cooldown_start)
+        self.frozen &= ~new
+        self.fallen_back |= new
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    _STATE = (
+        "step", "total_steps", "given_rate", "level", "highest_level", "decisions_since_change", "last_action",
+        "frozen", "tight", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back", "weight_to_update",
+        "num_measurements", "grid_shift",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that changes, as arrays of leading dimension E."""
+        return {name: getattr(self, name).copy() for name in self._STATE}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Restores what `state_dict` gave."""
+        for name in self._STATE:
+            setattr(self, name, np.array(state[name]))
