@@ -1,0 +1,257 @@
+"""The command line: `llmrl train | finetune | compare | policy | config | doctor`.
+
+A command reads its configuration, imports what it needs only then, and hands over; `--help` and `config validate`
+load neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from llmrl import __version__
+from llmrl.failures import reported_failures
+
+app = typer.Typer(
+    name="llmrl",
+    help="Learned learning-rate and update schedules for fine-tuning language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at and check configuration files.", no_args_is_help=True)
+policy_app = typer.Typer(help="Look at, convert and share policies.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(policy_app, name="policy")
+
+
+class Kind(StrEnum):
+    """Which command a configuration is for."""
+
+    TRAIN = "train"
+    FINETUNE = "finetune"
+    COMPARE = "compare"
+
+
+class WandbChoice(StrEnum):
+    """How Weights & Biases records the run."""
+
+    OFFLINE = "offline"
+    ONLINE = "online"
+    DISABLED = "disabled"
+
+
+class ExportFormat(StrEnum):
+    """File format of an exported policy."""
+
+    SAFETENSORS = "safetensors"
+    NUMPY = "numpy"
+
+
+# typer reads these aliases when it builds the command, so they cannot be strings.
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file.")]
+OptionalConfigOption = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file.")]  # noqa: UP045
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Run directory; new or empty.")]
+WandbOption = Annotated[Optional[WandbChoice], typer.Option("--wandb", help="Weights & Biases mode.")]  # noqa: UP045
+KindOption = Annotated[Optional[Kind], typer.Option("--kind", help="Default: told by the keys.")]  # noqa: UP045
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the configuration.", show_default=False),
+]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Learned learning-rate and update schedules for fine-tuning language models."""
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    output: OutputOption,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    wandb: WandbOption = None,
+) -> None:
+    """Learn a policy and write it to OUTPUT/policy."""
+    again = ["llmrl", "train", "--config", str(config), "--output", str(output), "--resume", *(overrides or [])]
+    with reported_failures(f"stopped; go on with\n  {shlex.join(again)}"):
+        settings = _load("train", config, overrides)
+        from llmrl.training.loop import train as run
+
+        run(config=settings, output=output, resume=resume, wandb_mode=_value(wandb))
+
+
+@app.command()
+def finetune(
+    config: ConfigOption,
+    output: OutputOption,
+    overrides: Overrides = None,
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--policy", "-p", help="Directory or Hub id of a policy, 'default', or 'hold'."),
+    ] = None,
+    schedule: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--schedule", "-s", help="A named schedule instead: linear, cosine, constant."),
+    ] = None,
+    wandb: WandbOption = None,
+) -> None:
+    """Run one fine-tuning job, steered by a policy or by a named schedule."""
+    with reported_failures(f"stopped; what was decided so far is in {output / 'schedule.jsonl'}"):
+        if (policy is None) == (schedule is None):
+            from llmrl_envs.errors import UserError
+
+            got = "neither" if policy is None else "both"
+            raise UserError("what steers the job?", expected="one of --policy and --schedule", got=got)
+        settings = _load("finetune", config, overrides, wandb)
+        from llmrl.finetune import finetune as run
+
+        run(config=settings, output=output, policy=policy, schedule=schedule)
+
+
+@app.command()
+def compare(
+    config: ConfigOption,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="Directory or Hub id of a policy, or 'default'.")],
+    output: OutputOption,
+    overrides: Overrides = None,
+    wandb: WandbOption = None,
+) -> None:
+    """Compare a policy with the usual schedules, over tasks, starting rates and seeds."""
+    with reported_failures(f"stopped; finished runs stay in {output}"):
+        settings = _load("compare", config, overrides, wandb)
+        from llmrl.compare.runner import compare as run
+
+        run(config=settings, output=output, policy=policy)
+
+
+@app.command()
+def doctor(config: OptionalConfigOption = None, overrides: Overrides = None) -> None:
+    """Report versions, device and W&B; with a configuration also try the job out and estimate its cost."""
+    with reported_failures("stopped"):
+        settings = None if config is None else _load(None, config, overrides)
+        from llmrl.doctor import doctor as run
+
+        run(config=settings)
+
+
+@config_app.command("validate")
+def config_validate(
+    config: Annotated[Path, typer.Argument()], overrides: Overrides = None, kind: KindOption = None
+) -> None:
+    """Check a file; every mistake is told at once."""
+    with reported_failures("stopped"):
+        settings = _load(_value(kind), config, overrides)
+        typer.echo(f"{config} is a valid {_kind_of(settings)} configuration")
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[Path, typer.Argument()], overrides: Overrides = None, kind: KindOption = None
+) -> None:
+    """Print a configuration with every default filled in."""
+    with reported_failures("stopped"):
+        from llmrl.config_loading import config_to_yaml
+
+        typer.echo(config_to_yaml(_load(_value(kind), config, overrides)), nl=False)
+
+
+@config_app.command("schema")
+def config_schema(kind: Annotated[Kind, typer.Argument(help="Which command the configuration is for.")]) -> None:
+    """Print the JSON Schema of a configuration; editors complete and check YAML with it."""
+    with reported_failures("stopped"):
+        from llmrl.config import CONFIG_MODELS
+
+        typer.echo(json.dumps(CONFIG_MODELS[kind.value].model_json_schema(), indent=2))
+
+
+@policy_app.command("show")
+def policy_show(policy: Annotated[str, typer.Argument(help="Directory or Hub id, or 'default'.")]) -> None:
+    """Print what a policy sees, does, and was trained on."""
+    with reported_failures("stopped"):
+        from llmrl.policy import SchedulePolicy
+
+        typer.echo(SchedulePolicy.load(policy).card())
+
+
+@policy_app.command("export")
+def policy_export(
+    policy: Annotated[str, typer.Argument(help="Directory or Hub id, or 'default'.")],
+    output: OutputOption,
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="File format.")] = ExportFormat.SAFETENSORS,
+) -> None:
+    """Write a policy's network and its description to OUTPUT, for use without this package."""
+    with reported_failures("stopped"):
+        from llmrl.policy_export import export_policy
+
+        for path in export_policy(policy, output, file_format=file_format.value):
+            typer.echo(path)
+
+
+@policy_app.command("push")
+def policy_push(
+    policy: Annotated[Path, typer.Argument(help="Directory of a policy.")],
+    repository: Annotated[str, typer.Argument(help="Hub id: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a policy to the Hugging Face Hub."""
+    with reported_failures("stopped; an upload that was under way can be repeated"):
+        from llmrl.policy_export import push_policy
+
+        typer.echo(push_policy(policy, repository, private=private))
+
+
+def _load(kind: Any, path: Path, overrides: Sequence[str] | None, wandb: WandbChoice | None = None) -> Any:
+    from llmrl.config_loading import load_config
+
+    tracking = [] if wandb is None else [f"tracking.wandb={wandb.value}"]
+    return load_config(kind, path, [*(overrides or []), *tracking])
+
+
+def _value(choice: StrEnum | None) -> Any:
+    return None if choice is None else choice.value
+
+
+def _kind_of(settings: object) -> str:
+    from llmrl.config import CONFIG_MODELS
+
+    return next(kind for kind, model in CONFIG_MODELS.items() if isinstance(settings, model))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after the program's name; None takes them from the process.
+
+    Returns:
+        Exit code: 0, 2 after bad input, 130 after Ctrl-C.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="llmrl")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
