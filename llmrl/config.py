@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
+from llmrl_envs.interface.reward import RewardSpec
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from llmrl.dqn.config import PRESETS, DQNConfig, PresetName
 
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
@@ -20,21 +26,30 @@ NonNegative: TypeAlias = Annotated[float, Field(ge=0.0)]
 Positive: TypeAlias = Annotated[float, Field(gt=0.0)]
 
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def section_fields(annotation: Any) -> dict[str, Any]:
+    """Keys and their types, if a type is a section of a configuration; otherwise nothing."""
+    if isinstance(annotation, type):
+        if issubclass(annotation, BaseModel):
+            return {field.alias or name: field.annotation for name, field in annotation.model_fields.items()}
+        if is_pydantic_dataclass(annotation):
+            return {name: field.annotation for name, field in annotation.__pydantic_fields__.items()}
+    return {}
+
+
 class Settings(BaseModel):
     """Base of every section: frozen, no unknown keys, finite numbers; a section left empty keeps its defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(**_STRICT, frozen=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _drop_empty_sections(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        sections = {
-            name
-            for name, field in cls.model_fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        }
+        sections = {name for name, field in cls.model_fields.items() if section_fields(field.annotation)}
         return {key: item for key, item in value.items() if item is not None or key not in sections}
 
 
@@ -51,38 +66,14 @@ class ObservationConfig(Settings):
     feature_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
 
 
-class RewardConfig(Settings):
-    """How the reward is made from validation losses; see `llmrl_envs.interface.reward.RewardSpec`.
-
-    Attributes:
-        average_intervals: Time constant, in decision intervals, of the average of the weights that is measured;
-            0 measures the deployed weights.
-        baseline: `reference` subtracts the drop of the linear-to-zero run over the same steps.
-        switch_cost: Subtracted when an action changes the level or a toggle.
-        rollback_cost: Subtracted when a rollback is carried out.
-        time_cost: Subtracted per decision in proportion to its share of the budget.
-    """
-
-    average_intervals: float = Field(default=0.0, ge=0.0, le=1.0)
-    baseline: Literal["none", "reference"] = "none"
-    switch_cost: NonNegative = 0.0
-    rollback_cost: NonNegative = 0.0
-    time_cost: NonNegative = 0.0
+@pydantic_dataclass(frozen=True, config=_STRICT)
+class RewardConfig(RewardSpec):
+    """How the reward is made from validation losses; its keys are those of `RewardSpec`."""
 
 
-class ScheduleConfig(Settings):
-    """The base that the level multiplies, and where the level starts.
-
-    Attributes:
-        base: Shape over the budget, 1 at its peak.
-        warmup_fraction: Share of the budget over which the base rises from zero.
-        start: `default` starts at the action table's default level whatever rate the job was given; `given` at the
-            level which that rate means, for a job whose rate is known to be tuned.
-    """
-
-    base: Literal["linear", "constant", "cosine"] = "linear"
-    warmup_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
-    start: Literal["default", "given"] = "default"
+@pydantic_dataclass(frozen=True, config=_STRICT)
+class ScheduleConfig(ScheduleSettings):
+    """What a schedule does besides its actions; its keys are those of `ScheduleSettings`."""
 
 
 class EnvConfig(Settings):
@@ -122,18 +113,35 @@ class EnvConfig(Settings):
         return self
 
 
-class AgentConfig(Settings):
-    """Who learns: the name of the agent and, beside it, the agent's own flags (`agent.n_step=5`).
+class AgentConfig(DQNConfig):
+    """Who learns: the name of the agent and, beside it, every flag of `DQNConfig` (`agent.n_step=5`).
 
     Attributes:
         name: dqn, tabular (Q-learning on a table), or reinforce (with a value baseline).
-        preset: Defaults of the flags: `default`, or `nature`, the DQN exactly as first published.
+        preset_name: The key `preset`: where flags that are not given come from. `default`, or `nature`, the DQN exactly
+            as first published.
+        seed: Not a key here: the agent's generators follow from the run's seed.
     """
 
-    model_config = ConfigDict(extra="allow")
-
     name: Literal["dqn", "tabular", "reinforce"] = "dqn"
-    preset: Literal["default", "nature"] = "default"
+    preset_name: PresetName = Field(default="default", alias="preset")
+    seed: int = Field(default=0, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, value: Any) -> Any:
+        preset = value.get("preset") if isinstance(value, dict) else None
+        return {**PRESETS[preset], **value} if preset in PRESETS else value
+
+    @model_validator(mode="after")
+    def _refuse_seed(self) -> AgentConfig:
+        if "seed" in self.model_fields_set:
+            raise ValueError("agent.seed is not a key; the run's `seed` stands at the top level")
+        return self
+
+    def dqn(self, seed: int) -> DQNConfig:
+        """The agent's flags alone, with the seed of its generators."""
+        return DQNConfig(**{**self.model_dump(exclude={"name", "preset_name"}), "seed": seed})
 
 
 class TrainingConfig(Settings):
@@ -185,7 +193,7 @@ class TrainConfig(Settings):
 
     seed: int = Field(default=0, ge=0)
     env: EnvConfig
-    agent: AgentConfig = AgentConfig()
+    agent: AgentConfig = Field(default_factory=lambda: AgentConfig.model_validate({}))
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 from llmrl_envs.errors import UserError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from llmrl.config import section_fields
 
 EXPECTED_BY_TYPE: Mapping[str, str] = {
     "int_parsing": "a whole number",
@@ -27,6 +28,7 @@ EXPECTED_BY_TYPE: Mapping[str, str] = {
     "tuple_type": "a list",
     "dict_type": "a section (key: value)",
     "model_type": "a section (key: value)",
+    "dataclass_type": "a section (key: value)",
     "model_attributes_type": "a section (key: value)",
     "literal_error": "{expected}",
     "greater_than": "more than {gt}",
@@ -120,6 +122,9 @@ def _real_path(details: ErrorDetails, data: Any) -> list[str]:
         elif not (details["type"] == "missing" and item == details["loc"][-1]):
             continue
         path.append(str(item))
+    error = details.get("ctx", {}).get("error")
+    if isinstance(error, UserError) and error.where and _has(value, error.where.rpartition(".")[2]):
+        path.append(error.where.rpartition(".")[2])
     return path
 
 
@@ -142,7 +147,7 @@ def _place(key: str, source: str, lines: Mapping[str, int], overridden: Collecti
 def _problem(group: list[ErrorDetails], key: str, place: str, model: type[BaseModel]) -> Problem:
     first = group[0]
     kind, name = first["type"], key.rpartition(".")[2]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         siblings = sorted(_fields_at(model, key.split(".")[:-1]))
         suggestion = _suggest_key(key, siblings, model)
         hint = f"; did you mean {suggestion!r}?" if suggestion else ""
@@ -196,41 +201,34 @@ def _suggest_key(key: str, siblings: Sequence[str], model: type[BaseModel]) -> s
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return close[0]
-    elsewhere = [path for path in _all_paths(model) if path.rpartition(".")[2] == name]
+    elsewhere = [path for path in _all_paths(section_fields(model)) if path.rpartition(".")[2] == name]
     return elsewhere[0] if elsewhere else None
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a type annotation mentions: `X | None`, `tuple[X, ...]`, `Annotated[X, ..]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_origin(annotation):
-        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
-    return []
+def _sections_in(annotation: Any) -> list[dict[str, Any]]:
+    """Keys of the sections that a type mentions, also within `X | None` or `tuple[X, ...]`."""
+    fields = section_fields(annotation)
+    if fields:
+        return [fields]
+    return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> set[str]:
     """Names of the keys that the section at a dotted path may have."""
-    models = [model]
+    sections = [section_fields(model)]
     for part in path:
-        if part.isdigit():
-            continue
-        models = [
-            inner
-            for outer in models
-            if part in outer.model_fields
-            for inner in _models_in(outer.model_fields[part].annotation)
-        ]
-    return {name for found in models for name in found.model_fields}
+        if not part.isdigit():
+            sections = [inner for outer in sections if part in outer for inner in _sections_in(outer[part])]
+    return {name for section in sections for name in section}
 
 
-def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+def _all_paths(section: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted paths of every key, shallow ones first; entries of lists are named by their list."""
-    here = [f"{prefix}{name}" for name in model.model_fields]
+    here = [f"{prefix}{name}" for name in section]
     inner = [
         path
-        for name, field in model.model_fields.items()
-        for found in _models_in(field.annotation)
+        for name, annotation in section.items()
+        for found in _sections_in(annotation)
         for path in _all_paths(found, f"{prefix}{name}.")
     ]
     return here + inner

@@ -204,7 +204,7 @@ def key_lines(text: str) -> dict[str, int]:
 
 def config_to_dict(config: Settings) -> dict[str, Any]:
     """The configuration with every default filled in, as plain values."""
-    return config.model_dump(mode="json")
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def config_to_yaml(config: Settings) -> str:
