@@ -1,0 +1,345 @@
+"""One update of the Q-network from one batch of transitions.
+
+    learner = Learner(config, config.network((4,), 2), torch.Generator().manual_seed(0))
+    result = learner.update(replay.sample(config.batch_size, rng, learner.n_step, learner.gamma))
+    replay.update_priorities(batch.index, batch.generation, result.priorities())
+
+The learner owns both networks, the optimizer and the generator of noise and resets; it knows no environment. On a
+CUDA device the same arithmetic runs as one captured graph, see `captured.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmrl.dqn import distributional, losses
+from llmrl.dqn.config import DQNConfig, NetworkConfig
+from llmrl.dqn.flat import FlatParameters, update_target
+from llmrl.dqn.networks import QNetwork
+from llmrl.dqn.schedules import geometric, linear
+
+# `QNetwork.prefer` lifts the default action by this much: enough to win ties, too little to hide what is learned.
+DEFAULT_ACTION_LEAD = 0.01
+
+
+class Transitions(Protocol):
+    """What the learner reads of a sampled batch; numpy arrays with leading dimension B."""
+
+    obs: NDArray[np.generic]  # [B, *obs_shape] float32 or uint8
+    action: NDArray[np.int64]  # [B]
+    reward: NDArray[np.float32]  # [B] n-step
+    discount: NDArray[np.float32]  # [B] gamma**n, 0 after termination
+    next_obs: NDArray[np.generic]  # [B, *obs_shape]
+    next_mask: NDArray[np.bool_]  # [B, A]
+    weight: NDArray[np.float32]  # [B]
+
+
+class TensorBatch(NamedTuple):
+    """A batch on the learner's device."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    next_obs: Tensor
+    next_mask: Tensor
+    weight: Tensor
+
+    @classmethod
+    def from_numpy(cls, batch: Transitions, device: torch.device) -> TensorBatch:
+        """Wraps the arrays without a copy on the CPU, copies them elsewhere."""
+        tensors = (torch.from_numpy(getattr(batch, name)) for name in cls._fields)
+        if device.type == "cpu":
+            return cls(*tensors)
+        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update measured; tensors stay on the device until they are asked for."""
+
+    loss: Tensor  # [] mean weighted loss
+    priority: Tensor  # [B] |TD error|, or the loss of a value distribution
+    value: Tensor  # [] mean value of the actions taken
+    gradient_norm: Tensor  # [] before clipping
+    skipped: bool  # the gradient was not finite and nothing was changed; on CUDA counted by the learner alone
+
+    def priorities(self) -> NDArray[np.float32]:
+        """New priorities [B]; not-a-number where the loss was not finite."""
+        return self.priority.cpu().numpy()  # type: ignore[no-any-return]
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log."""
+        return {
+            "loss": float(self.loss),
+            "td_error": float(self.priority.mean()),
+            "value": float(self.value),
+            "gradient_norm": float(self.gradient_norm),
+            "skipped": float(self.skipped),
+        }
+
+
+def elementwise_loss(
+    config: DQNConfig, online: QNetwork, target: QNetwork, batch: TensorBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [B], priority [B] and value of the action taken [B]; gradients flow through `online(batch.obs)` alone."""
+    outputs = online(batch.obs)
+    with torch.no_grad():
+        target_outputs = target(batch.next_obs)
+        selector = online(batch.next_obs) if config.double and not config.munchausen else target_outputs
+    if config.head != "expected":
+        return _distribution_loss(config, online, batch, outputs, selector, target_outputs)
+    if config.munchausen:
+        with torch.no_grad():
+            previous = target(batch.obs)
+        td_error = losses.munchausen_td_error(
+            outputs, batch.action, batch.reward, batch.discount, previous, target_outputs,
+            config.munchausen_temperature, config.munchausen_scale, config.munchausen_clip, None, batch.next_mask,
+        )  # fmt: skip
+    else:
+        # With the target network as its own selector this is plain Q-learning.
+        td_error = losses.double_q_td_error(
+            outputs, batch.action, batch.reward, batch.discount, selector, target_outputs, batch.next_mask
+        )
+    loss = losses.huber(td_error, config.huber_delta) if config.loss == "huber" else losses.squared(td_error)
+    if config.conservative_weight:
+        loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action)
+    detached = td_error.detach()
+    return loss, detached.abs(), losses.select(outputs.detach(), batch.action)
+
+
+def _distribution_loss(
+    config: DQNConfig, online: QNetwork, batch: TensorBatch, outputs: Tensor, selector: Tensor, target_outputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`elementwise_loss` of the categorical and the quantile head; outputs are [B, A, K]."""
+    with torch.no_grad():
+        next_action = losses.greedy_action(online.values(selector), batch.next_mask)
+        next_distribution = losses.select(target_outputs, next_action)
+        values = online.values(outputs)
+    taken = losses.select(outputs, batch.action)
+    if config.head == "categorical":
+        probabilities = torch.softmax(next_distribution, dim=1)
+        loss = distributional.categorical_td_loss(taken, online.atoms, batch.reward, batch.discount, probabilities)
+    else:
+        midpoints = distributional.quantile_midpoints(config.num_quantiles, outputs.device)
+        loss = distributional.quantile_td_loss(
+            taken, midpoints, batch.reward, batch.discount, next_distribution, config.huber_delta
+        )
+    priority = loss.detach()
+    if config.conservative_weight:
+        expected = online.values(outputs)
+        loss = loss + config.conservative_weight * losses.conservative_penalty(expected, batch.action)
+    return loss, priority, losses.select(values, batch.action)
+
+
+class Learner:
+    """Online and target network, optimizer, and the update that connects them.
+
+    Args:
+        config: All settings.
+        network_config: Shape of the network, from `config.network`.
+        generator: CPU generator of the initial weights, noise and resets; the learner goes on using it.
+        device: Where the networks live.
+    """
+
+    def __init__(
+        self,
+        config: DQNConfig,
+        network_config: NetworkConfig,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.network_config = network_config
+        self.generator = generator
+        self.device = torch.device(device)
+        self.online = self._new_network()
+        self.target = QNetwork(network_config, torch.Generator()).to(self.device)
+        self.parameters = FlatParameters(self.online)
+        self.target_parameters = FlatParameters(self.target)
+        self.target_parameters.values.copy_(self.parameters.values)
+        self.optimizer = self._new_optimizer()
+        self.learner_steps = 0
+        self.num_skipped = 0
+        self.num_resets = 0
+
+    @property
+    def n_step(self) -> int:
+        """Length of the returns to sample for the next update."""
+        end = self.config.n_step_end
+        if end is None:
+            return self.config.n_step
+        return round(geometric(self.config.n_step, end, self.learner_steps, self.config.horizon_learner_steps))
+
+    @property
+    def gamma(self) -> float:
+        """Discount to sample with for the next update; annealed geometrically in 1 - gamma."""
+        end = self.config.gamma_end
+        if end is None or end == self.config.gamma:
+            return self.config.gamma
+        return 1.0 - geometric(1.0 - self.config.gamma, 1.0 - end, self.learner_steps, self.config.horizon_learner_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next update."""
+        config = self.config
+        if config.learning_rate_end is None:
+            return config.learning_rate
+        return linear(
+            config.learning_rate, config.learning_rate_end, self.learner_steps, config.learning_rate_decay_steps
+        )
+
+    @property
+    def importance_exponent(self) -> float:
+        """Beta of the importance weights for the next update."""
+        config = self.config
+        return linear(
+            config.importance_exponent,
+            config.importance_exponent_end,
+            self.learner_steps,
+            config.importance_learner_steps,
+        )
+
+    def update(self, batch: Transitions) -> UpdateResult:
+        """One optimizer step on one batch; skips and counts it when the gradient is not finite."""
+        tensors = TensorBatch.from_numpy(batch, self.device)
+        if self.config.noisy:
+            self.online.resample_noise(self.generator)
+            self.target.resample_noise(self.generator)
+        loss, priority, value, norm = self.backward(tensors)
+        skipped = not self._apply(float(norm))
+        self._finish()
+        return UpdateResult(loss, priority, value, norm, skipped)
+
+    def backward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fills the gradient; returns mean loss, priorities [B], mean value and gradient norm, all detached."""
+        self.parameters.gradient.zero_()
+        loss, priority, value = elementwise_loss(self.config, self.online, self.target, batch)
+        mean_loss = losses.weighted_mean(loss, batch.weight)
+        mean_loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.linalg.vector_norm(self.parameters.gradient)
+        return mean_loss.detach(), priority, value.mean(), norm
+
+    def _apply(self, norm: float) -> bool:
+        """Clips and steps; False when the gradient norm is not finite."""
+        if not math.isfinite(norm):
+            self.num_skipped += 1
+            return False
+        limit = self.config.max_grad_norm
+        if limit is not None and norm > limit:
+            self.parameters.gradient.mul_(limit / norm)
+        learning_rate = self.learning_rate
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        if self.config.weight_decay:
+            decay = self.parameters.decay_mask * (learning_rate * self.config.weight_decay)
+            self.parameters.values.mul_(1.0 - decay)
+        self.optimizer.step()
+        return True
+
+    def _finish(self) -> None:
+        """What follows an optimizer step: the counter, the target network, resets."""
+        self.learner_steps += 1
+        if self.learner_steps % self.config.target_update_period == 0:
+            update_target(self.target_parameters.values, self.parameters.values, self.config.target_ema)
+        period, until = self.config.reset_period, self.config.reset_until_learner_steps
+        if period and self.learner_steps % period == 0 and (until is None or self.learner_steps <= until):
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fresh weights in the head or everywhere, mixed with the share of the old ones that is kept.
+
+        The optimizer's averages go back to zero with them, and the target network follows at once.
+
+        Nikishin et al. 2022, https://arxiv.org/abs/2205.07802
+        """
+        fresh = FlatParameters(self._new_network()).values
+        keep = self.config.reset_keep
+        offset = 0
+        for name, parameter in self.online.named_parameters():
+            piece = slice(offset, offset + parameter.numel())
+            offset += parameter.numel()
+            if self.config.reset_scope == "head" and not name.startswith("head."):
+                continue
+            mixed = keep * self.parameters.values[piece] + (1.0 - keep) * fresh[piece]
+            self.parameters.values[piece] = mixed
+            self.target_parameters.values[piece] = mixed
+            for value in self.optimizer.state[self.parameters.values].values():
+                if isinstance(value, Tensor) and value.numel() == self.parameters.values.numel():
+                    value[piece] = 0.0
+        self.num_resets += 1
+
+    def _new_network(self) -> QNetwork:
+        network = QNetwork(self.network_config, self.generator)
+        if self.config.default_action is not None:
+            network.prefer(self.config.default_action, DEFAULT_ACTION_LEAD)
+        return network.to(self.device)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config, values = self.config, [self.parameters.values]
+        if config.optimizer == "adam":
+            return torch.optim.Adam(
+                values, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True
+            )
+        return torch.optim.RMSprop(
+            values,
+            lr=config.learning_rate,
+            alpha=config.rmsprop_decay,
+            eps=config.rmsprop_epsilon,
+            centered=True,
+            foreach=False,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of the learner that is a tensor, on the CPU; what `load_tensors` takes."""
+        state = {f"online.{name}": value for name, value in self.online.state_dict().items()}
+        state |= {f"target.{name}": value for name, value in self.target.state_dict().items()}
+        for name, value in self.optimizer.state[self.parameters.values].items():
+            state[f"optimizer.{name}"] = torch.as_tensor(value)
+        state["generator"] = self.generator.get_state()
+        return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+    def counters(self) -> dict[str, int]:
+        """Everything of the learner that is a number."""
+        return {
+            "learner_steps": self.learner_steps,
+            "num_skipped": self.num_skipped,
+            "num_resets": self.num_resets,
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Restores what `tensors` and `counters` gave, bit for bit.
+
+        Raises:
+            ValueError: A tensor is missing, of another shape, or unknown.
+        """
+        rest = dict(tensors)
+        self.generator.set_state(rest.pop("generator"))
+        self.online.load_weights(_take(rest, "online."))
+        self.target.load_weights(_take(rest, "target."))
+        state = _take(rest, "optimizer.")
+        if rest:
+            raise ValueError(f"learner state: expected online, target, optimizer and generator, got {sorted(rest)}")
+        self.optimizer.state.clear()
+        if state:
+            self.optimizer.state[self.parameters.values] = {
+                name: value.clone() if value.dim() == 0 else value.to(self.device).clone()
+                for name, value in state.items()
+            }
+        self.learner_steps = counters["learner_steps"]
+        self.num_skipped = counters["num_skipped"]
+        self.num_resets = counters["num_resets"]
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Removes and returns the entries under a prefix, without it."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}

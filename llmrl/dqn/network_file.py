@@ -1,0 +1,44 @@
+"""A Q-network as one safetensors file that describes itself: weights, and the network's configuration as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.networks import QNetwork
+
+CONFIG_KEY = "network_config"
+
+
+def save_network(network: QNetwork, path: Path) -> None:
+    """Writes weights and configuration to `path`."""
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, path, metadata={CONFIG_KEY: network.config.model_dump_json()})
+
+
+def load_network(path: Path) -> QNetwork:
+    """Rebuilds the network that `save_network` wrote, on the CPU and ready to act.
+
+    Raises:
+        ValueError: The file is missing, damaged, no network, or of another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected a safetensors file with a Q-network, got {error}") from error
+    if CONFIG_KEY not in metadata:
+        raise ValueError(f"{path}: expected {CONFIG_KEY!r} in its metadata, got {sorted(metadata)}")
+    try:
+        config = NetworkConfig.model_validate_json(metadata[CONFIG_KEY])
+    except ValidationError as error:
+        raise ValueError(f"{path}: expected a network configuration, got {error}") from error
+    network = QNetwork(config, torch.Generator())
+    network.load_weights(tensors)
+    return network.eval()
