@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from llmrl_envs.errors import UserError
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
@@ -51,6 +50,9 @@ def explain(error: BaseException) -> str | None:
 
     Libraries wrap what the operating system said, so the causes are looked at too.
     """
+    # Here, because the package registers its environments, and `--help` needs none of that.
+    from llmrl_envs.errors import UserError
+
     if isinstance(error, UserError):
         return str(error)
     for link in _chain(error):
