@@ -1,0 +1,106 @@
+"""The data of a task, ready to train on: three separate splits of tokenised examples.
+
+data = load_task_data(task, tokenizer)
+batch = data.train.collate(batch_indices(len(data.train), task.batch_size, seed, step))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from llmrl_envs.errors import UserError
+from llmrl_envs.jobs.batches import IGNORED, TokenizedSplit, batch_indices
+from llmrl_envs.jobs.data_files import Table
+from llmrl_envs.jobs.data_sources import SPLIT_NAMES, Split, load_tables
+from llmrl_envs.jobs.examples import (
+    ClassificationExample,
+    Example,
+    TextExample,
+    label_column,
+    read_examples,
+)
+from llmrl_envs.jobs.objectives import (
+    resolve_labels,
+    tokenize_classification,
+    tokenize_instructions,
+    tokenize_texts,
+)
+from llmrl_envs.jobs.splits import complete_splits, fixed_subset
+from llmrl_envs.jobs.task import FineTuningTask
+
+__all__ = ["IGNORED", "TaskData", "TokenizedSplit", "batch_indices", "load_task_data"]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The splits of a task.
+
+    Attributes:
+        train: What batches are drawn from.
+        validation: The fixed subset that the reward is measured on, at most `task.validation_examples`.
+        test: The fixed subset for reporting, at most `task.test_examples`.
+        num_labels: Number of classes; None where the objective has none.
+        label_names: Name of each class; the number itself where the data has no names.
+    """
+
+    train: TokenizedSplit
+    validation: TokenizedSplit
+    test: TokenizedSplit
+    num_labels: int | None = None
+    label_names: tuple[str, ...] = ()
+
+
+def load_task_data(task: FineTuningTask, tokenizer: Any) -> TaskData:
+    """Reads, cuts and tokenises the data of a task.
+
+    Splits that are not given are cut from the training source (see `splits.py`); the validation and the test split are
+    fixed subsets, the same in every run.
+
+    Raises:
+        UserError: The data is missing or malformed, or the training split is smaller than a batch.
+    """
+    tables = load_tables(task.data)
+    given = {split: read_examples(table, task.objective, task.data.fields) for split, table in tables.items()}
+    splits = complete_splits(given, task.data.split_fractions)
+    if task.objective == "classification":
+        names = _stated_names(tables["train"], task)
+        classes, label_names = resolve_labels(
+            cast(dict[str, list[ClassificationExample]], splits), names, task.num_labels
+        )
+    else:
+        classes, label_names = {}, ()
+    tokenized = {
+        split: _tokenize(task, tokenizer, split, splits[split], classes.get(split, [])) for split in SPLIT_NAMES
+    }
+    if len(tokenized["train"]) < task.batch_size:
+        raise UserError(
+            "training split is smaller than a batch",
+            where=tables["train"].source,
+            expected=f"at least {task.batch_size} examples of up to {task.max_length} tokens",
+            got=len(tokenized["train"]),
+        )
+    return TaskData(**tokenized, num_labels=len(label_names) or None, label_names=label_names)
+
+
+def _stated_names(table: Table, task: FineTuningTask) -> tuple[str, ...] | None:
+    column = label_column(table, task.data.fields)
+    return None if column is None else table.class_names.get(column)
+
+
+def _tokenize(
+    task: FineTuningTask, tokenizer: Any, split: Split, examples: Sequence[Example], classes: Sequence[int]
+) -> TokenizedSplit:
+    """Tokenises one split: all of train, the fixed subset of the others."""
+    examples = examples[: task.data.max_examples]
+    size = {"train": None, "validation": task.validation_examples, "test": task.test_examples}[split]
+    if task.objective == "language_modeling":
+        # Its examples are blocks, which are known only afterwards.
+        blocks = tokenize_texts(cast(Sequence[TextExample], examples), tokenizer, task.max_length)
+        return blocks if size is None else blocks.select(fixed_subset(len(blocks), size))
+    chosen = fixed_subset(len(examples), len(examples) if size is None else size)
+    kept: list[Any] = [examples[index] for index in chosen]
+    if task.objective == "instruction":
+        return tokenize_instructions(kept, tokenizer, task.max_length)
+    return tokenize_classification(kept, [classes[index] for index in chosen], tokenizer, task.max_length)
