@@ -1,0 +1,272 @@
+"""`llmrl/FineTuning-v0`: an episode is one fine-tuning job, a step one decision interval of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.guards import FallBehindGuard
+from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationEncoder, ObservationSpec
+from llmrl_envs.interface.reward import RewardSpec, interval_reward
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.interface.statistics import TrainingStatistics
+from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.reference import ReferenceCurves
+from llmrl_envs.jobs.session import FineTuningSession
+from llmrl_envs.jobs.task import SampledTask, TaskDistribution
+from llmrl_envs.rendering import ScheduleHistory, render_history
+
+DEFAULT_TASKS: dict[str, Any] = {
+    "tasks": [{"name": "builtin-json", "data": "builtin:json", "steps": 60, "max_length": 64}],
+}
+
+
+class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
+    """Fine-tunes a Hugging Face model; the actions make its learning-rate and update schedule.
+
+    Observation: float32[O], see `ObservationSpec`. Action: an index into the action table; one that `action_mask`
+    rules out counts as holding. Reward: the scaled drop of the validation log-loss (`RewardSpec`); the return of an
+    episode is its final improvement in units of the reference's, a linear decay from the task's default rate.
+
+    An episode terminates at the end of its budget, which progress in the observation announces, or when the job
+    diverges. It never truncates.
+
+    `info` has `action_mask` (int8[A]), the losses, the rate and the guards' events of the interval.
+
+    Args:
+        tasks: A `TaskDistribution`, or the mapping that makes one.
+        actions: Name of the action table.
+        observation: `stack`; `feature_dropout`, the probability that a job withholds a feature group; and
+            `validation_visible`, the probability that it shows the validation loss to the policy.
+        reward: Arguments of `RewardSpec`.
+        schedule: Arguments of `ScheduleSettings`.
+        level_norm: "effective" or "adapters", see `FineTuningSession`.
+        device: "auto", or a torch device name.
+        render_mode: "rgb_array", "human" or "ansi".
+        library: Loaded models and data to share with other environments of the process.
+
+    Example:
+        >>> env = gymnasium.make("llmrl_envs:llmrl/FineTuning-v0")  # doctest: +SKIP
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "human", "ansi"], "render_fps": 4}
+
+    def __init__(
+        self,
+        tasks: TaskDistribution | Mapping[str, Any] | None = None,
+        *,
+        actions: str = "moves",
+        observation: Mapping[str, Any] | None = None,
+        reward: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        level_norm: str = "effective",
+        device: str = "auto",
+        render_mode: str | None = None,
+        library: JobLibrary | None = None,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode: expected one of {self.metadata['render_modes']}, got {render_mode!r}")
+        self.render_mode = render_mode
+        given = DEFAULT_TASKS if tasks is None else tasks
+        self.tasks = given if isinstance(given, TaskDistribution) else TaskDistribution.model_validate(given)
+        settings = {"stack": 3, "feature_dropout": 0.0, "validation_visible": 0.0, **(observation or {})}
+        self._feature_dropout = float(settings.pop("feature_dropout"))
+        self._validation_visible = float(settings.pop("validation_visible"))
+        self.table = action_table(actions)
+        self.spec = ObservationSpec(self.table, **settings)
+        self.reward_spec = RewardSpec(**(reward or {}))
+        self.schedule_settings = ScheduleSettings(**(schedule or {}))
+        self._level_norm = level_norm
+        self._device = device
+        self._library = library
+        self._references: ReferenceCurves | None = None
+        self._session: FineTuningSession | None = None
+        low, high = self.spec.bounds()
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.action_space = spaces.Discrete(self.table.num_actions)
+
+    # -- gymnasium ------------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Starts a job drawn from the task distribution.
+
+        Args:
+            seed: Seeds the draws of this and the following episodes.
+            options: `job`: a `SampledTask` to run instead of drawing one.
+        """
+        super().reset(seed=seed)
+        sampled = (options or {}).get("job") or self.tasks.sample(self.np_random)
+        hidden = self._draw_hidden_groups()
+        self._begin(sampled)
+        self._encoder.reset(np.arange(1), hidden[None, :])
+        observation = self._encoder.encode(self._session_now().initial_statistics(), self._schedule)[0]
+        return observation, self._info({}, carried_out=-1)
+
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Carries out an action and trains for one decision interval."""
+        session = self._session_now()
+        if self._over:
+            raise ValueError("step: expected reset() after the end of an episode, got another action")
+        events: dict[str, Any] = {}
+        before_toggles = (int(self._schedule.level[0]), bool(self._schedule.frozen[0]), bool(self._schedule.tight[0]))
+        carried_out, rollback = self._schedule.apply(np.array([int(action)]))
+        if rollback[0]:
+            session.roll_back()
+            events["rollback"] = True
+        statistics = session.run_interval(self._intervals[self._decision], self._schedule)
+        self._schedule.advance(statistics.step)
+        self._schedule.observe_norms(statistics.update_norm, statistics.weight_norm)
+        log_loss = self._measure()
+        shown = statistics if not self._shows_validation else _with_validation(statistics, math.exp(log_loss))
+        observation = self._encoder.encode(shown, self._schedule)[0]
+        events |= self._run_guards()
+        toggles = (int(self._schedule.level[0]), bool(self._schedule.frozen[0]), bool(self._schedule.tight[0]))
+        reward = self._reward(log_loss, switched=toggles != before_toggles, rolled_back=bool(rollback[0]))
+        self._decision += 1
+        terminated = self._over = self._diverged or self._decision == len(self._intervals)
+        self._record(statistics, log_loss, int(carried_out[0]))
+        if self.render_mode == "human":
+            self.render()
+        events["skipped_steps"] = int(statistics.skipped.sum())
+        return observation, reward, terminated, False, self._info(events, carried_out=int(carried_out[0]))
+
+    def render(self) -> Any:
+        """Draws loss and learning rate so far: uint8[H, W, 3], text, or a window."""
+        if self.render_mode is None:
+            gymnasium.logger.warn("render() needs a render_mode: gymnasium.make(..., render_mode='rgb_array')")
+            return None
+        self._session_now()
+        return render_history(self._history, self.render_mode)
+
+    def close(self) -> None:
+        """Lets go of models and data."""
+        self._session = self._references = self._library = None
+
+    # -- the job --------------------------------------------------------------------------------------------------
+
+    def _begin(self, sampled: SampledTask) -> None:
+        if self._library is None:
+            self._library = JobLibrary(self._device)
+        if self._references is None:
+            self._references = ReferenceCurves()
+        job = self._library.job(sampled.task)
+        self.sampled = sampled
+        self._intervals = decision_intervals(sampled.task.steps)
+        self._reference = self._references.curve(job, sampled.seed)
+        self._session = self._new_session(job, sampled)
+        self._schedule = Schedule(
+            self.table,
+            np.array([sampled.task.steps]),
+            np.array([sampled.learning_rate]),
+            self.schedule_settings,
+            self._session.capabilities,
+        )
+        update, weight = self._session.initial_norms()
+        self._schedule.observe_norms(np.array([update]), np.array([weight]))
+        self._encoder = ObservationEncoder(self.spec)
+        self._guard = FallBehindGuard(1)
+        self._decision, self._over, self._diverged = 0, False, False
+        self._return = 0.0
+        self._initial_log_loss = self._log_loss = self._measure()
+        self._scale = self.reward_spec.scale(self._initial_log_loss, self._reference[-1])
+        self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
+
+    def _new_session(self, job: Job, sampled: SampledTask) -> FineTuningSession:
+        share = self.reward_spec.average_intervals
+        usual = self._intervals[min(len(self._intervals) - 1, 7)]
+        return FineTuningSession(job, seed=sampled.seed, average_steps=share * usual, level_norm=self._level_norm)
+
+    def _session_now(self) -> FineTuningSession:
+        if self._session is None:
+            raise ValueError("expected reset() before step() or render(), got neither")
+        return self._session
+
+    def _draw_hidden_groups(self) -> NDArray[np.bool_]:
+        """Which feature groups the next job withholds, bool[G]; as many draws whatever is configured."""
+        draws = self.np_random.random(len(GROUPS))
+        hidden = draws < self._feature_dropout
+        hidden[GROUPS.index(FeatureGroup.LOSS)] = False
+        validation = GROUPS.index(FeatureGroup.VALIDATION)
+        self._shows_validation = bool(draws[validation] < self._validation_visible)
+        hidden[validation] = not self._shows_validation
+        return np.asarray(hidden)
+
+    def _measure(self) -> float:
+        """Log validation loss that the reward is made of; the deployed weights count at the end."""
+        last = self._decision == len(self._intervals) - 1
+        averaged = self.reward_spec.average_intervals > 0 and not last and self._session_now().step > 0
+        loss = self._session_now().evaluate("validation", averaged=averaged).loss
+        return math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf
+
+    def _run_guards(self) -> dict[str, Any]:
+        """Keeps the best state for rollbacks and falls back when the job has lost too much."""
+        at_best, behind = self._guard.update(self._encoder.losses)
+        if at_best[0] and self._schedule.rollbacks_left[0] > 0:
+            self._session_now().mark_best()
+            self._schedule.has_snapshot[:] = True
+        falls_back = bool(behind[0] and not self._schedule.fallen_back[0])
+        self._schedule.fall_back(behind)
+        return {"fallback": True} if falls_back else {}
+
+    def _reward(self, log_loss: float, *, switched: bool, rolled_back: bool) -> float:
+        limit = self._initial_log_loss + self.reward_spec.divergence_rise(self._scale)
+        self._diverged = not log_loss <= limit
+        if self._diverged:
+            reward = self.reward_spec.floor(self._scale, len(self._intervals)) - self._return
+        else:
+            reward = interval_reward(
+                self.reward_spec,
+                before=self._log_loss,
+                after=log_loss,
+                scale=self._scale,
+                reference_drop=self._reference[self._decision] - self._reference[self._decision + 1],
+                switched=switched,
+                rolled_back=rolled_back,
+                budget_share=self._intervals[self._decision] / self.sampled.task.steps,
+            )
+        self._log_loss = log_loss
+        self._return += reward
+        return float(reward)
+
+    def _record(self, statistics: TrainingStatistics, log_loss: float, action: int) -> None:
+        valid = statistics.loss[0][np.isfinite(statistics.loss[0])]
+        self._history.append(
+            step=int(statistics.step[0]),
+            train_loss=float(valid.mean()) if len(valid) else math.nan,
+            validation_loss=math.exp(min(log_loss, 50.0)),
+            learning_rate=float(self._schedule.learning_rate(statistics.step - 1)[0]),
+            action=action,
+        )
+
+    def _info(self, events: Mapping[str, Any], carried_out: int) -> dict[str, Any]:
+        """Facts of the interval: finite numbers only, and nothing that differs between two equal runs."""
+        finite = math.isfinite(self._log_loss)
+        improvement = (self._initial_log_loss - self._log_loss) / self._scale
+        return {
+            "action_mask": self._schedule.mask()[0].astype(np.int8),
+            "action": carried_out,
+            "task": self.sampled.task.name,
+            "step": int(self._schedule.step[0]),
+            "total_steps": self.sampled.task.steps,
+            "seed": self.sampled.seed,
+            "given_rate": self.sampled.learning_rate,
+            "learning_rate": float(self._schedule.learning_rate(self._schedule.step)[0]),
+            "level": float(self.table.levels[int(self._schedule.level[0])]),
+            "validation_loss": math.exp(min(self._log_loss, 50.0)) if finite else -1.0,
+            "score": improvement if finite and not self._diverged else self._return,
+            "diverged": self._diverged,
+            "events": dict(events),
+        }
+
+
+def _with_validation(statistics: TrainingStatistics, loss: float) -> TrainingStatistics:
+    return TrainingStatistics(**{**vars(statistics), "validation_loss": np.array([loss])})

@@ -1,0 +1,48 @@
+"""AdamW for a job's trainable parameters, and the LoRA pairs whose effective change is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from llmrl_envs.interface.recorder import LowRankPair
+from llmrl_envs.jobs.task import OptimizerSettings
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+def build_optimizer(parameters: Mapping[str, Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone (not on biases, norms or other vectors), fused where torch can.
+
+    The learning rate is zero until the session sets it.
+    """
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+        if members
+    ]
+    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters.values())
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
+
+
+def low_rank_pairs(model: nn.Module) -> tuple[tuple[LowRankPair, ...], float]:
+    """The trained LoRA pairs of a peft model, and the norm of all the weights that they adapt.
+
+    A model without adapters gives no pairs and a norm of zero.
+    """
+    pairs: list[LowRankPair] = []
+    square = 0.0
+    for module in model.modules():
+        if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
+            continue
+        for adapter in module.lora_A:
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            if a.requires_grad and b.requires_grad:
+                pairs.append(LowRankPair(a, b, float(module.scaling[adapter])))
+                square += float(module.base_layer.weight.detach().double().square().sum())
+    return tuple(pairs), square**0.5

@@ -1,0 +1,55 @@
+"""The reference that rewards are scaled by: a linear decay to zero from the task's default rate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.session import FineTuningSession
+
+WARMUP_FRACTION = 0.05
+
+
+def given_rate_schedule(base: str, total_steps: int, learning_rate: float, warmup_fraction: float) -> Schedule:
+    """A usual schedule: a base shape times the given rate, with no decisions to take.
+
+    Args:
+        base: constant, linear, cosine or wsd.
+        total_steps: Budget in optimizer steps.
+        learning_rate: Peak rate.
+        warmup_fraction: Share of the budget spent rising to it.
+    """
+    settings = ScheduleSettings(base=base, warmup_fraction=warmup_fraction)  # type: ignore[arg-type]
+    return Schedule(action_table("factors"), np.array([total_steps]), np.array([learning_rate]), settings)
+
+
+class ReferenceCurves:
+    """Validation log-loss of reference runs at every decision; one run per task and seed, kept."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, tuple[float, ...]] = {}
+
+    def curve(self, job: Job, seed: int) -> tuple[float, ...]:
+        """Log-loss before the first and after every decision interval, one value more than there are intervals.
+
+        A reference that is not finite (a default rate that destroys the model) counts as no improvement from there on.
+        """
+        key = f"{job.task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}"
+        if key not in self._curves:
+            self._curves[key] = _run_reference(job, seed)
+        return self._curves[key]
+
+
+def _run_reference(job: Job, seed: int) -> tuple[float, ...]:
+    session = FineTuningSession(job, seed=seed, record=False)
+    schedule = given_rate_schedule("linear", job.task.steps, job.task.learning_rate, WARMUP_FRACTION)
+    curve = [math.log(max(session.evaluate("validation").loss, 1e-12))]
+    for num_steps in decision_intervals(job.task.steps):
+        session.run_interval(num_steps, schedule)
+        loss = session.evaluate("validation").loss
+        curve.append(math.log(max(loss, 1e-12)) if math.isfinite(loss) else curve[0])
+    return tuple(curve)

@@ -1,0 +1,332 @@
+"""One fine-tuning job: a Hugging Face model, its data, AdamW, and a schedule that is asked for every step's rate.
+
+The environment and `llmrl finetune` run their jobs through this one loop, on one process or on several. Same task,
+seed and actions give the same numbers, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from llmrl_envs.interface.action import UpdateChoice
+from llmrl_envs.interface.recorder import StatisticsRecorder
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.statistics import TrainingStatistics, empty_statistics
+from llmrl_envs.jobs.data import TokenizedSplit, batch_indices
+from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.losses import LossSum, batch_loss
+from llmrl_envs.jobs.optimizer import build_optimizer, low_rank_pairs
+from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
+from llmrl_envs.jobs.precision import Precision
+from llmrl_envs.jobs.snapshot import SessionSnapshot, restore_snapshot, take_snapshot
+
+_LAYER_INDEX = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
+LONGEST_INTERVAL = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass over a fixed subset found.
+
+    Attributes:
+        loss: Mean cross-entropy, nats per target.
+        accuracy: Share of targets hit; None for language models.
+        num_targets: Targets that were averaged over.
+        num_tokens: Tokens that went through the model, padding not counted.
+    """
+
+    loss: float
+    accuracy: float | None
+    num_targets: int
+    num_tokens: int
+
+
+class FineTuningSession:
+    """A job under way.
+
+    Args:
+        job: The task with its model and data, loaded. The session trains the job's own model, from its initial
+            weights on; only one session of a job can be under way.
+        seed: Seed of data order and dropout.
+        parallel: The processes that share the job.
+        average_steps: Time constant, in optimizer steps, of an exponential average of the weights; 0 keeps none.
+        level_norm: For LoRA, which norms a level refers to: "effective" (the change of the adapted weights) or
+            "adapters" (the adapters' own).
+        record: Measure statistics; without, `run_interval` trains and returns statistics that know nothing.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        seed: int,
+        parallel: ParallelContext | None = None,
+        average_steps: float = 0.0,
+        level_norm: str = "effective",
+        record: bool = True,
+    ) -> None:
+        self.job = job
+        self.task = job.task
+        self.seed = seed
+        self.parallel: ParallelContext = parallel or SingleProcess()
+        self.precision = Precision(job.task.precision, job.device)
+        self.step = 0
+        self.tokens_trained = 0
+        self._record = record
+        self._parameters: dict[str, Parameter] = job.loaded.trainable
+        job.restore_initial_weights()
+        self._model = self.parallel.prepare(job.loaded.model)
+        self.optimizer = build_optimizer(self._parameters, job.task.optimizer)
+        self._lower_half = lower_half(tuple(self._parameters))
+        effective = level_norm == "effective"
+        pairs, adapted_norm = low_rank_pairs(job.loaded.model) if effective else ((), 0.0)
+        self._recorder = StatisticsRecorder(
+            self.optimizer,
+            device=job.device,
+            mode=job.mode,
+            trainable_fraction=job.loaded.trainable_fraction,
+            capacity_steps=min(job.task.steps, LONGEST_INTERVAL),
+            pairs=pairs,
+            adapted_weight_norm=adapted_norm,
+        )
+        self._average_weight = 0.0 if average_steps <= 0 else 1.0 - float(np.exp(-1.0 / average_steps))
+        self._average = [p.detach().clone() for p in self._parameters.values()] if average_steps > 0 else []
+        self._best: SessionSnapshot | None = None
+        self._random_state = _seeded_state(seed + 7919 * self.parallel.rank, job.device)
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> frozenset[UpdateChoice]:
+        """Update choices that the session can carry out: all of them."""
+        return frozenset(UpdateChoice)
+
+    @property
+    def total_steps(self) -> int:
+        """The job's budget in optimizer steps."""
+        return self.task.steps
+
+    def initial_statistics(self) -> TrainingStatistics:
+        """Statistics before the first step."""
+        fraction = np.array([self.job.loaded.trainable_fraction])
+        return empty_statistics(np.array([self.total_steps]), np.array([int(self.job.mode)]), fraction)
+
+    def initial_norms(self) -> tuple[float, float]:
+        """||u|| and ||theta|| as far as they are known before the first step."""
+        return self._recorder.initial_norms(tuple(self._parameters.values()))
+
+    def run_interval(self, num_steps: int, schedule: Schedule) -> TrainingStatistics:
+        """Trains `num_steps` optimizer steps at the schedule's rates and returns what they measured.
+
+        Args:
+            num_steps: Length of the interval.
+            schedule: One lane; it is asked for each step's rate and toggles, and not changed.
+
+        Raises:
+            ValueError: The interval runs past the job's budget.
+        """
+        if not 1 <= num_steps <= self.total_steps - self.step:
+            raise ValueError(f"num_steps: expected 1 to {self.total_steps - self.step}, got {num_steps}")
+        rates = [float(schedule.learning_rate(np.array([self.step + i]))[0]) for i in range(num_steps)]
+        limit = self.task.optimizer.max_grad_norm * float(schedule.clipping_factor()[0])
+        frozen = bool(schedule.frozen[0])
+        self._model.train()
+        with self._own_random_state():
+            for index, rate in enumerate(rates):
+                self._train_step(rate, limit, frozen=frozen, probe=self._record and index == num_steps - 1)
+        if not self._record:
+            return self._unrecorded(num_steps)
+        world = self.parallel.world_size
+        return self._recorder.collect(
+            step=self.step,
+            total_steps=self.total_steps,
+            reduce=(lambda tensor: self.parallel.sum(tensor) / world) if world > 1 else None,
+        )
+
+    def _unrecorded(self, num_steps: int) -> TrainingStatistics:
+        empty = self.initial_statistics()
+        return TrainingStatistics(**{**vars(empty), "step": np.array([self.step], np.int64)})
+
+    def _train_step(self, rate: float, limit: float, *, frozen: bool, probe: bool) -> None:
+        loss = self._accumulate_gradients()
+        self.precision.unscale(self.optimizer)
+        if frozen:
+            for name in self._lower_half:
+                self._parameters[name].grad = None
+        active = [p for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(active, limit, foreach=True)
+        self._recorder.before_update(active, probe=probe)
+        if self._record:
+            self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.precision.step(self.optimizer, loss, norm)
+        self._recorder.after_update(active, probe=probe)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._average:
+            torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters.values()], self._average_weight)
+        self.step += 1
+
+    def _accumulate_gradients(self) -> Tensor:
+        """Backward passes of one optimizer step; returns its mean loss per target, nats, a scalar on the device.
+
+        Every micro-batch is weighted with its share of the step's targets over all processes, so that neither
+        accumulation nor the number of processes changes the gradient.
+        """
+        split, task = self.job.data.train, self.task
+        count, world = task.gradient_accumulation, self.parallel.world_size
+        indices = batch_indices(len(split), task.batch_size * count, self.seed, self.step).reshape(count, -1)
+        num_targets = max(int(split.num_target_tokens[indices].sum()), 1)
+        total = torch.zeros((), device=self.job.device)
+        for position, row in enumerate(indices):
+            share = row[self.parallel.rank :: world]
+            last = position == count - 1
+            batch = self._to_device(split, share)
+            with self.parallel.accumulate(self._model, last=last):
+                loss = self._loss_sum(batch).loss * (world / num_targets)
+                self.precision.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            self.tokens_trained += int(split.num_tokens[row].sum())
+        return total
+
+    def _loss_sum(self, batch: dict[str, Tensor]) -> LossSum:
+        with self.precision.autocast():
+            return batch_loss(self._model, batch, classification=self.task.objective == "classification")
+
+    def _to_device(self, split: TokenizedSplit, indices: np.ndarray) -> dict[str, Tensor]:
+        return {k: v.to(self.job.device, non_blocking=True) for k, v in split.collate(indices).items()}
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, split: str, *, averaged: bool = False) -> Evaluation:
+        """Loss on the fixed subset of a split ("validation" or "test").
+
+        Args:
+            split: Which split.
+            averaged: Evaluate the averaged weights in place of the deployed ones.
+        """
+        if averaged and not self._average:
+            raise ValueError("averaged: expected a session made with average_steps > 0")
+        with self._averaged_weights() if averaged else _nothing():
+            return self._evaluate(self.job.subset(split), getattr(self.job.data, split))
+
+    @torch.no_grad()
+    def _evaluate(self, subset: Sequence[np.ndarray], split: TokenizedSplit) -> Evaluation:
+        self._model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.job.device)
+        num_targets = num_tokens = 0
+        for batch_number, indices in enumerate(subset):
+            num_targets += int(split.num_target_tokens[indices].sum())
+            num_tokens += int(split.num_tokens[indices].sum())
+            if batch_number % self.parallel.world_size != self.parallel.rank:
+                continue
+            with self.precision.autocast():
+                found = batch_loss(
+                    self.job.loaded.model,
+                    self._to_device(split, indices),
+                    classification=self.task.objective == "classification",
+                )
+            sums[0] += found.loss
+            sums[1] += found.correct
+        sums = self.parallel.sum(sums)
+        loss, correct = sums.tolist()
+        classification = self.task.objective == "classification"
+        accuracy = correct / max(num_targets, 1) if classification else None
+        return Evaluation(loss / max(num_targets, 1), accuracy, num_targets, num_tokens)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        parameters = [p.data for p in self._parameters.values()]
+        deployed = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, self._average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, deployed)
+
+    # -- snapshots ------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> SessionSnapshot:
+        """Everything that the job's future depends on; continuing after `restore` equals never having left."""
+        return take_snapshot(self._parameters, self.optimizer, self._average, self._position(), self._random_state)
+
+    def restore(self, snapshot: SessionSnapshot, *, rewind: bool = True) -> None:
+        """Returns to a snapshot.
+
+        Args:
+            snapshot: From `snapshot` of a session of the same job.
+            rewind: Go back in the data and the budget too. A rollback during training does not: it takes the weights
+                and moments back and moves on in the data.
+        """
+        position = restore_snapshot(snapshot, self._parameters, self.optimizer, self._average)
+        self._random_state = snapshot.random_state
+        if rewind:
+            self.step, self.tokens_trained = int(position["step"]), int(position["tokens_trained"])
+            self.precision.load_state_dict(position)
+
+    def _position(self) -> dict[str, float]:
+        return {"step": self.step, "tokens_trained": self.tokens_trained, **self.precision.state_dict()}
+
+    def mark_best(self) -> None:
+        """Keeps the present state as the one that `roll_back` returns to."""
+        self._best = self.snapshot()
+
+    def roll_back(self) -> None:
+        """Takes weights and moments back to the best state; data and budget move on."""
+        if self._best is None:
+            raise ValueError("roll_back: expected mark_best to have been called, got no snapshot")
+        self.restore(self._best, rewind=False)
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Runs with the job's random numbers (dropout) and leaves the global generators as they were."""
+        devices = [self.job.device] if self.job.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.random.set_rng_state(self._random_state["cpu"])
+            if devices:
+                torch.cuda.set_rng_state(self._random_state["cuda"], self.job.device)
+            yield
+            self._random_state = _current_state(self.job.device)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _current_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.random.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _seeded_state(seed: int, device: torch.device) -> dict[str, Tensor]:
+    """The generator states that a seed means, without touching the global generators."""
+    state = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return state
+
+
+def lower_half(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of the parameters in the lower half of a model's layers, embeddings included.
+
+    >>> lower_half(["m.embed.weight", "m.layers.0.w", "m.layers.1.w", "head.weight"])
+    ('m.layers.0.w', 'm.embed.weight')
+    """
+    layer = {name: int(match.group(1)) for name in names if (match := _LAYER_INDEX.search(name))}
+    if not layer:
+        return ()
+    middle = (max(layer.values()) + 1) / 2
+    lower = tuple(name for name in names if name in layer and layer[name] < middle)
+    embeddings = tuple(name for name in names if name not in layer and re.search(r"embed|\bwte\b|\bwpe\b", name))
+    return lower + embeddings

@@ -1,0 +1,71 @@
+"""A job's state, copied out and copied back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class SessionSnapshot:
+    """State of a session.
+
+    Attributes:
+        tensors: Parameters ("parameter.NAME"), moments ("exp_avg.NAME", ...) and averaged weights ("average.INDEX").
+        position: Step, tokens and loss scale.
+        random_state: Generator states of the job, uint8 tensors by device type.
+    """
+
+    tensors: dict[str, Tensor]
+    position: dict[str, float]
+    random_state: dict[str, Tensor]
+
+
+@torch.no_grad()
+def take_snapshot(
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: Sequence[Tensor],
+    position: Mapping[str, float],
+    random_state: Mapping[str, Tensor],
+) -> SessionSnapshot:
+    """Copies a job's state; later training does not change the copy."""
+    tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"{moment}.{name}": state[moment].clone() for moment in _MOMENTS if moment in state}
+    tensors |= {f"average.{index}": value.clone() for index, value in enumerate(average)}
+    states = {name: state.clone() for name, state in random_state.items()}
+    return SessionSnapshot(tensors, dict(position), states)
+
+
+@torch.no_grad()
+def restore_snapshot(
+    snapshot: SessionSnapshot,
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: Sequence[Tensor],
+) -> dict[str, float]:
+    """Copies a snapshot back into the parameters, the optimizer and the averaged weights; returns its position."""
+    for name, parameter in parameters.items():
+        parameter.copy_(snapshot.tensors[f"parameter.{name}"])
+        parameter.grad = None
+        if f"exp_avg.{name}" not in snapshot.tensors:
+            optimizer.state.pop(parameter, None)
+            continue
+        state = optimizer.state[parameter]
+        for moment in _MOMENTS:
+            saved = snapshot.tensors[f"{moment}.{name}"]
+            if moment in state:
+                state[moment].copy_(saved)
+            else:
+                state[moment] = saved.clone()
+    for index, value in enumerate(average):
+        value.copy_(snapshot.tensors[f"average.{index}"])
+    return snapshot.position
