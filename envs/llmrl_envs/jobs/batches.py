@@ -61,17 +61,6 @@ class TokenizedSplit:
         """Labels of each example's positions, or one class for each example, int32[N]."""
         return self._labels if self.is_classification else self._split(self._labels)
 
-    def select(self, indices: NDArray[np.int64]) -> TokenizedSplit:
-        """The split of these examples only, in this order."""
-        tokens, labels = self.input_ids, self.labels
-        types = None if self._types is None else self._split(self._types)
-        return TokenizedSplit(
-            [tokens[i] for i in indices],
-            [labels[i] for i in indices],
-            self.pad_token_id,
-            None if types is None else [types[i] for i in indices],
-        )
-
     def collate(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Makes a batch, padded at the end to its longest example.
 

@@ -6,7 +6,6 @@ batch = data.train.collate(batch_indices(len(data.train), task.batch_size, seed,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,8 +15,6 @@ from llmrl_envs.jobs.data_files import Table
 from llmrl_envs.jobs.data_sources import SPLIT_NAMES, Split, load_tables
 from llmrl_envs.jobs.examples import (
     ClassificationExample,
-    Example,
-    TextExample,
     label_column,
     read_examples,
 )
@@ -39,8 +36,8 @@ class TaskData:
 
     Attributes:
         train: What batches are drawn from.
-        validation: The fixed subset that the reward is measured on, at most `task.validation_examples`.
-        test: The fixed subset for reporting, at most `task.test_examples`.
+        validation: What the reward is measured on.
+        test: For reporting only.
         num_labels: Number of classes; None where the objective has none.
         label_names: Name of each class; the number itself where the data has no names.
     """
@@ -55,8 +52,8 @@ class TaskData:
 def load_task_data(task: FineTuningTask, tokenizer: Any) -> TaskData:
     """Reads, cuts and tokenises the data of a task.
 
-    Splits that are not given are cut from the training source (see `splits.py`); the validation and the test split are
-    fixed subsets, the same in every run.
+    Splits that are not given are cut from the training source, the same way every time (see `splits.py`). Every split
+    has all its examples, up to `data.max_examples`; evaluation on fewer is the session's business.
 
     Raises:
         UserError: The data is missing or malformed, or the training split is smaller than a batch.
@@ -71,9 +68,7 @@ def load_task_data(task: FineTuningTask, tokenizer: Any) -> TaskData:
         )
     else:
         classes, label_names = {}, ()
-    tokenized = {
-        split: _tokenize(task, tokenizer, split, splits[split], classes.get(split, [])) for split in SPLIT_NAMES
-    }
+    tokenized = {split: _tokenize(task, tokenizer, splits[split], classes.get(split, [])) for split in SPLIT_NAMES}
     if len(tokenized["train"]) < task.batch_size:
         raise UserError(
             "training split is smaller than a batch",
@@ -89,18 +84,12 @@ def _stated_names(table: Table, task: FineTuningTask) -> tuple[str, ...] | None:
     return None if column is None else table.class_names.get(column)
 
 
-def _tokenize(
-    task: FineTuningTask, tokenizer: Any, split: Split, examples: Sequence[Example], classes: Sequence[int]
-) -> TokenizedSplit:
-    """Tokenises one split: all of train, the fixed subset of the others."""
-    examples = examples[: task.data.max_examples]
-    size = {"train": None, "validation": task.validation_examples, "test": task.test_examples}[split]
+def _tokenize(task: FineTuningTask, tokenizer: Any, examples: list[Any], classes: list[int]) -> TokenizedSplit:
+    most = task.data.max_examples or len(examples)
     if task.objective == "language_modeling":
-        # Its examples are blocks, which are known only afterwards.
-        blocks = tokenize_texts(cast(Sequence[TextExample], examples), tokenizer, task.max_length)
-        return blocks if size is None else blocks.select(fixed_subset(len(blocks), size))
-    chosen = fixed_subset(len(examples), len(examples) if size is None else size)
-    kept: list[Any] = [examples[index] for index in chosen]
+        return tokenize_texts(examples[:most], tokenizer, task.max_length)
+    chosen = fixed_subset(len(examples), most)
+    kept = [examples[index] for index in chosen]
     if task.objective == "instruction":
         return tokenize_instructions(kept, tokenizer, task.max_length)
     return tokenize_classification(kept, [classes[index] for index in chosen], tokenizer, task.max_length)

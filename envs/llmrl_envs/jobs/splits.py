@@ -102,7 +102,7 @@ def _space_near(text: str, start: int, end: int, reach: int = 100) -> int:
 
 
 def fixed_subset(num_examples: int, size: int) -> NDArray[np.int64]:
-    """`size` of the indices below `num_examples`, spread evenly at random, ascending; always the same ones."""
+    """`size` of the indices below `num_examples`, chosen at random but always the same ones, ascending."""
     if size >= num_examples:
         return np.arange(num_examples)
     chosen = np.random.default_rng(num_examples).permutation(num_examples)[:size]

@@ -42,7 +42,8 @@ class DataSpec(BaseModel):
         fields: Role to column, e.g. `{"prompt": "question", "completion": "answer"}`. For an instruction task the value
             may be a template of columns instead, e.g. `"Translate to German: {en}"`. Empty: columns are recognised.
         split_fractions: Shares of train, validation and test where one source is cut; they sum to 1.
-        max_examples: At most so many examples of each split, the first ones; None is all.
+        max_examples: At most so many examples of each split, always the same ones, chosen at random; of a text for
+            language modelling the first documents. None is all.
     """
 
     model_config = _SETTINGS
