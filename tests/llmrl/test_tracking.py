@@ -1,0 +1,182 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from llmrl_envs.errors import UserError
+from matplotlib.image import imsave
+from numpy import zeros
+
+from llmrl.config import TrackingConfig
+from llmrl.tracking import NullTracker, WandbTracker, make_tracker, resolve_wandb_mode, without_dots
+
+OFFLINE = TrackingConfig(wandb="offline", project="tests", group="experiment", tags=("fast",), name="one")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    yield
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def read_back(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of an offline run by type, through W&B's own reader."""
+    (file,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records: dict[str, list[dict[str, Any]]] = {}
+    for record in map(json.loads, lines):
+        records.setdefault(record["type"], []).append(record.get(record["type"], {}))
+    return records
+
+
+def test_an_offline_run_is_complete(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_directory = tmp_path / "run"
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    (policy / "config.json").write_text("{}")
+    imsave(tmp_path / "plot.png", zeros((4, 4)))
+
+    tracker = make_tracker(OFFLINE, "train-policy", run_directory, {"agent": {"n_step": 3}, "fields": {"a.b": 1}})
+    tracker.log({"losses/td_loss": 0.5}, step=10)
+    tracker.log_table("comparison", ["method", "score"], [["hold", 0.9], ["linear", None]])
+    tracker.log_image("curve", tmp_path / "plot.png")
+    tracker.log({"losses/td_loss": 0.25}, step=10)
+    tracker.log({"losses/td_loss": 0.125}, step=20)
+    tracker.log_artifact("policy of one", "policy", policy)
+    tracker.set_summary({"score": {"iqm": 0.95}})
+    tracker.finish()
+
+    records = read_back(run_directory)
+    run = records["run"][0]
+    assert run["project"] == "tests"
+    assert run["run_group"] == "experiment"
+    assert run["job_type"] == "train-policy"
+    assert run["tags"] == ["fast"]
+    config = run["config"]["update"]
+    assert config["agent"] == {"n_step": 3}
+    assert config["fields"] == {"a_b": 1}
+    history = [record["item"] for record in records["history"]]
+    assert [(row["_step"], row["losses/td_loss"]) for row in history] == [(10, 0.25), (20, 0.125)]
+    assert history[0]["comparison._type"] == "table-file"
+    assert history[0]["curve._type"] == "image-file"
+    assert {record["type"] for record in records["artifact"]} >= {"policy", "run_table"}
+    assert {"score": {"iqm": 0.95}} in [record.get("update") for record in records["summary"]]
+    assert records["exit"] == [{}] or records["exit"][0].get("exit_code", 0) == 0
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == ""
+
+
+def test_a_failed_run_is_marked(tmp_path: Path) -> None:
+    tracker = make_tracker(OFFLINE, "finetune", tmp_path, {})
+    tracker.finish(failed=True)
+    assert read_back(tmp_path)["exit"][0]["exit_code"] == 1
+
+
+def test_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
+    ids = []
+    for _ in range(2):
+        tracker = make_tracker(OFFLINE, "train-policy", tmp_path / "one", {})
+        assert isinstance(tracker, WandbTracker)
+        ids.append(tracker.run.id)
+        tracker.finish()
+    other = make_tracker(OFFLINE, "train-policy", tmp_path / "two", {})
+    assert isinstance(other, WandbTracker)
+    given = make_tracker(OFFLINE, "train-policy", tmp_path / "two", {}, resume_id="mine")
+    assert ids[0] == ids[1]
+    assert other.run.id != ids[0]
+    assert isinstance(given, WandbTracker)
+    assert given.run.id == other.run.id, "an open run is reused"
+    other.finish()
+    chosen = make_tracker(OFFLINE, "train-policy", tmp_path / "three", {}, resume_id="mine")
+    assert isinstance(chosen, WandbTracker)
+    assert chosen.run.id == "mine"
+
+
+def test_an_open_run_is_reused_and_left_open(tmp_path: Path) -> None:
+    host = wandb.init(mode="offline", dir=str(tmp_path), config={"batch": 8}, settings=wandb.Settings(silent=True))
+    host.log({"train/loss": 2.0})
+    tracker = make_tracker(OFFLINE, "finetune", tmp_path / "ours", {"task": {"steps": 5}})
+    tracker.log({"level": 0.5}, step=3)
+    tracker.finish()
+    assert wandb.run is host
+    host.log({"train/loss": 1.0})
+    assert host.config["batch"] == 8
+    assert host.config["llmrl"] == {"task": {"steps": 5}}
+    host.finish()
+    assert not (tmp_path / "ours").exists()
+    rows = [record["item"] for record in read_back(tmp_path)["history"]]
+    seen = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    assert seen == [{"train/loss": 2.0}, {"level": 0.5, "llmrl/step": 3}, {"train/loss": 1.0}]
+
+
+def test_disabled_writes_nothing(tmp_path: Path) -> None:
+    tracker = make_tracker(TrackingConfig(wandb="disabled"), "compare", tmp_path / "run", {})
+    tracker.log({"x": 1.0}, step=0)
+    tracker.finish()
+    assert isinstance(tracker, NullTracker)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_first_process_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert isinstance(make_tracker(OFFLINE, "finetune", tmp_path, {}), NullTracker)
+
+
+@pytest.mark.parametrize(
+    ("configured", "environment", "expected"),
+    [
+        (None, None, "offline"),
+        (None, "online", "online"),
+        (None, "dryrun", "offline"),
+        (None, "disabled", "disabled"),
+        ("offline", "online", "offline"),
+        ("disabled", "nonsense", "disabled"),
+    ],
+)
+def test_the_configuration_goes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, configured: Any, environment: str | None, expected: str
+) -> None:
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    assert resolve_wandb_mode(TrackingConfig(wandb=configured)) == expected
+
+
+def test_an_unknown_environment_mode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE"):
+        resolve_wandb_mode(TrackingConfig())
+
+
+def test_an_online_run_without_a_way_there_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**arguments: object) -> None:
+        raise wandb.errors.UsageError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match="wandb login") as caught:
+        make_tracker(TrackingConfig(wandb="online"), "finetune", tmp_path, {})
+    assert "api_key not configured" in str(caught.value)
+
+
+def test_dots_disappear_at_every_depth() -> None:
+    assert without_dots({"a.b": {"c.d": [1], "e": {"f.g": 2}}}) == {"a_b": {"c_d": [1], "e": {"f_g": 2}}}
+
+
+def test_no_other_file_imports_wandb() -> None:
+    root = Path(__file__).parents[2]
+    users = [
+        path.relative_to(root).as_posix()
+        for folder in ("llmrl", "envs")
+        for path in (root / folder).rglob("*.py")
+        if "import wandb" in path.read_text(encoding="utf-8")
+    ]
+    assert users == ["llmrl/tracking.py"]
