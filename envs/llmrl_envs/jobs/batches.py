@@ -45,7 +45,6 @@ class TokenizedSplit:
         self._labels = np.array(labels, dtype=np.int32) if self.is_classification else _flatten(labels)  # type: ignore[arg-type]
         if not self.is_classification and len(self._labels) != len(self._tokens):
             raise ValueError(f"expected a label for each of {len(self._tokens)} tokens, got {len(self._labels)}")
-        self.num_tokens = lengths
         self.num_target_tokens = self._count_targets()
 
     def __len__(self) -> int:

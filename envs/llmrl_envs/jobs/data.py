@@ -12,7 +12,7 @@ from typing import Any, cast
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.batches import IGNORED, TokenizedSplit, batch_indices
 from llmrl_envs.jobs.data_files import Table
-from llmrl_envs.jobs.data_sources import SPLIT_NAMES, Split, load_tables
+from llmrl_envs.jobs.data_sources import SPLIT_NAMES, load_tables
 from llmrl_envs.jobs.examples import (
     ClassificationExample,
     label_column,
