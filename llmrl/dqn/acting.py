@@ -28,7 +28,7 @@ def greedy_actions(
     """The available action of highest value; the default action unless another exceeds it by more than `margin`."""
     if mask is not None:
         q = np.where(mask, q, -np.inf)
-    best = q.argmax(axis=1)
+    best: NDArray[np.int64] = q.argmax(axis=1)
     if default_action is None:
         return best
     default = q[:, default_action]
@@ -43,4 +43,5 @@ def random_actions(
     """One available action for each environment, all equally likely."""
     counts = mask.sum(axis=1)
     rank = (rng.random(len(mask)) * counts).astype(np.int64)  # which of the available ones, from 0
-    return (mask.cumsum(axis=1) > rank[:, None]).argmax(axis=1)
+    action: NDArray[np.int64] = (mask.cumsum(axis=1) > rank[:, None]).argmax(axis=1)
+    return action

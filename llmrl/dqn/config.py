@@ -49,7 +49,9 @@ class NetworkConfig(BaseModel):
         if self.value_min >= self.value_max:
             raise ValueError(f"expected value_min < value_max, got {self.value_min} >= {self.value_max}")
         if self.default_action is not None and self.default_action >= self.num_actions:
-            raise ValueError(f"default_action: expected below num_actions={self.num_actions}, got {self.default_action}")
+            raise ValueError(
+                f"default_action: expected below num_actions={self.num_actions}, got {self.default_action}"
+            )
         if self.branches is not None:
             if self.head != "expected":
                 raise ValueError(f"branches: expected head 'expected', got {self.head!r}")
@@ -163,6 +165,11 @@ class DQNConfig(BaseModel):
         if self.learning_starts > self.replay_capacity:
             raise ValueError(
                 f"expected learning_starts <= replay_capacity={self.replay_capacity}, got {self.learning_starts}"
+            )
+        if self.epsilon_schedule == "exponential" and min(self.epsilon_start, self.epsilon_end) <= 0:
+            raise ValueError(
+                "epsilon_schedule 'exponential': expected epsilon_start and epsilon_end above 0,"
+                f" got {self.epsilon_start} and {self.epsilon_end}"
             )
         if self.noisy and self.epsilon_schedule == "ladder":
             raise ValueError("noisy: expected epsilon_schedule 'linear' or 'exponential', got 'ladder'")

@@ -19,8 +19,8 @@ def initialise(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None
 
 
 def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A fully connected layer initialised from `generator`, leaving the global one alone."""
-    layer = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)
+    """A fully connected layer initialised from `generator`; on its way it draws nothing from the global one."""
+    layer = nn.Linear(num_inputs, num_outputs, device="meta").to_empty(device="cpu")
     initialise(layer, generator)
     return layer
 
@@ -29,7 +29,7 @@ def convolution(
     num_inputs: int, num_outputs: int, kernel_size: int, stride: int, generator: torch.Generator
 ) -> nn.Conv2d:
     """A convolution without padding, initialised from `generator`."""
-    layer = nn.utils.skip_init(nn.Conv2d, num_inputs, num_outputs, kernel_size, stride=stride)
+    layer = nn.Conv2d(num_inputs, num_outputs, kernel_size, stride=stride, device="meta").to_empty(device="cpu")
     initialise(layer, generator)
     return layer
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,22 +23,11 @@ from llmrl.dqn import distributional, losses
 from llmrl.dqn.config import DQNConfig, NetworkConfig
 from llmrl.dqn.flat import FlatParameters, update_target
 from llmrl.dqn.networks import QNetwork
+from llmrl.dqn.replay import Batch
 from llmrl.dqn.schedules import geometric, linear
 
 # `QNetwork.prefer` lifts the default action by this much: enough to win ties, too little to hide what is learned.
 DEFAULT_ACTION_LEAD = 0.01
-
-
-class Transitions(Protocol):
-    """What the learner reads of a sampled batch; numpy arrays with leading dimension B."""
-
-    obs: NDArray[np.generic]  # [B, *obs_shape] float32 or uint8
-    action: NDArray[np.int64]  # [B]
-    reward: NDArray[np.float32]  # [B] n-step
-    discount: NDArray[np.float32]  # [B] gamma**n, 0 after termination
-    next_obs: NDArray[np.generic]  # [B, *obs_shape]
-    next_mask: NDArray[np.bool_]  # [B, A]
-    weight: NDArray[np.float32]  # [B]
 
 
 class TensorBatch(NamedTuple):
@@ -49,11 +38,12 @@ class TensorBatch(NamedTuple):
     reward: Tensor
     discount: Tensor
     next_obs: Tensor
+    mask: Tensor
     next_mask: Tensor
     weight: Tensor
 
     @classmethod
-    def from_numpy(cls, batch: Transitions, device: torch.device) -> TensorBatch:
+    def from_numpy(cls, batch: Batch, device: torch.device) -> TensorBatch:
         """Wraps the arrays without a copy on the CPU, copies them elsewhere."""
         tensors = (torch.from_numpy(getattr(batch, name)) for name in cls._fields)
         if device.type == "cpu":
@@ -73,7 +63,7 @@ class UpdateResult:
 
     def priorities(self) -> NDArray[np.float32]:
         """New priorities [B]; not-a-number where the loss was not finite."""
-        return self.priority.cpu().numpy()  # type: ignore[no-any-return]
+        return self.priority.cpu().numpy()
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log."""
@@ -101,7 +91,7 @@ def elementwise_loss(
             previous = target(batch.obs)
         td_error = losses.munchausen_td_error(
             outputs, batch.action, batch.reward, batch.discount, previous, target_outputs,
-            config.munchausen_temperature, config.munchausen_scale, config.munchausen_clip, None, batch.next_mask,
+            config.munchausen_temperature, config.munchausen_scale, config.munchausen_clip, batch.mask, batch.next_mask,
         )  # fmt: skip
     else:
         # With the target network as its own selector this is plain Q-learning.
@@ -110,7 +100,7 @@ def elementwise_loss(
         )
     loss = losses.huber(td_error, config.huber_delta) if config.loss == "huber" else losses.squared(td_error)
     if config.conservative_weight:
-        loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action)
+        loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action, batch.mask)
     detached = td_error.detach()
     return loss, detached.abs(), losses.select(outputs.detach(), batch.action)
 
@@ -135,7 +125,7 @@ def _distribution_loss(
     priority = loss.detach()
     if config.conservative_weight:
         expected = online.values(outputs)
-        loss = loss + config.conservative_weight * losses.conservative_penalty(expected, batch.action)
+        loss = loss + config.conservative_weight * losses.conservative_penalty(expected, batch.action, batch.mask)
     return loss, priority, losses.select(values, batch.action)
 
 
@@ -184,7 +174,9 @@ class Learner:
         end = self.config.gamma_end
         if end is None or end == self.config.gamma:
             return self.config.gamma
-        return 1.0 - geometric(1.0 - self.config.gamma, 1.0 - end, self.learner_steps, self.config.horizon_learner_steps)
+        return 1.0 - geometric(
+            1.0 - self.config.gamma, 1.0 - end, self.learner_steps, self.config.horizon_learner_steps
+        )
 
     @property
     def learning_rate(self) -> float:
@@ -207,7 +199,7 @@ class Learner:
             config.importance_learner_steps,
         )
 
-    def update(self, batch: Transitions) -> UpdateResult:
+    def update(self, batch: Batch) -> UpdateResult:
         """One optimizer step on one batch; skips and counts it when the gradient is not finite."""
         tensors = TensorBatch.from_numpy(batch, self.device)
         if self.config.noisy:

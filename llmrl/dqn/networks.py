@@ -24,6 +24,8 @@ from llmrl.dqn.layers import NoisyLinear, convolution, linear
 # Standardised observations are clipped here, so that a first visit far outside cannot throw the network.
 OBS_CLIP = 10.0
 
+CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, size, stride
+
 
 class Torso(nn.Module):
     """Hidden layers: `hidden_sizes` fully connected ones, behind the convolutions where the input is an image.
@@ -37,7 +39,7 @@ class Torso(nn.Module):
         self.convolutions = nn.ModuleList()
         if config.torso == "cnn":
             channels = config.obs_shape[0]
-            for num_outputs, kernel_size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            for num_outputs, kernel_size, stride in CONVOLUTIONS:
                 self.convolutions.append(convolution(channels, num_outputs, kernel_size, stride, generator))
                 channels = num_outputs
         sizes = (self._num_inputs(config.obs_shape), *config.hidden_sizes)
@@ -58,7 +60,7 @@ class Torso(nn.Module):
             height, width = ((size - int(layer.kernel_size[0])) // int(layer.stride[0]) + 1 for size in (height, width))
         if height < 1 or width < 1:
             raise ValueError(f"torso 'cnn': expected images of at least 36x36, got {obs_shape[1:]}")
-        return 64 * height * width
+        return CONVOLUTIONS[-1][0] * height * width
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, *obs_shape] -> [B, hidden]."""
@@ -66,11 +68,9 @@ class Torso(nn.Module):
             x = F.relu(layer(x))
         if x.dim() > 2:
             x = x.flatten(1)
-        for index, layer in enumerate(self.layers):
+        for layer, norm in itertools.zip_longest(self.layers, self.norms):
             x = layer(x)
-            if self.norms:
-                x = self.norms[index](x)
-            x = F.relu(x)
+            x = F.relu(x if norm is None else norm(x))
         return x
 
 
@@ -102,7 +102,7 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> [B, A] or [B, A, K]."""
-        out = self.layer(hidden)
+        out: Tensor = self.layer(hidden)
         if self.distribution:
             out = out.view(out.shape[0], -1, self.width)
         value = None
