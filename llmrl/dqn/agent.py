@@ -63,6 +63,9 @@ class Agent(Protocol):
     ) -> None:
         """Stores one step of every environment; lanes where `valid` is False are left out."""
 
+    def end_episodes(self) -> None:
+        """The episodes under way will not be continued."""
+
     def learn(self) -> dict[str, float] | None:
         """Does the updates that are due after the last `observe`; None when there were none."""
 
@@ -189,6 +192,11 @@ class DQNAgent:
             self._statistics.update(obs if valid is None else obs[valid])
         self.exploration.end_episodes(terminated | truncated)
         self.env_steps += self.num_envs if valid is None else int(valid.sum())
+
+    def end_episodes(self) -> None:
+        """Cuts off the episodes under way: what comes next begins new ones."""
+        self.replay.end_episodes()
+        self.exploration.end_episodes(np.ones(self.num_envs, dtype=np.bool_))
 
     def learn(self) -> dict[str, float] | None:
         """Updates until `replay_ratio` per environment step is reached; metrics of the last one.

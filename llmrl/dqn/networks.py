@@ -56,8 +56,8 @@ class Torso(nn.Module):
         if not self.convolutions:
             return int(np.prod(obs_shape))
         height, width = obs_shape[1:]
-        for layer in self.convolutions:
-            height, width = ((size - int(layer.kernel_size[0])) // int(layer.stride[0]) + 1 for size in (height, width))
+        for _, kernel_size, stride in CONVOLUTIONS:
+            height, width = ((size - kernel_size) // stride + 1 for size in (height, width))
         if height < 1 or width < 1:
             raise ValueError(f"torso 'cnn': expected images of at least 36x36, got {obs_shape[1:]}")
         return CONVOLUTIONS[-1][0] * height * width
