@@ -60,10 +60,13 @@ class ObservationConfig(Settings):
         stack: Decisions that are stacked into one observation, the newest first.
         feature_dropout: Probability that an episode hides the features that some hosts cannot supply, so that the
             policy copes without them.
+        validation_visible: Probability that an episode shows the policy its validation loss; using a policy must not
+            need one, so by default none does.
     """
 
     stack: int = Field(default=3, ge=1, le=16)
     feature_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    validation_visible: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 @pydantic_dataclass(frozen=True, config=_STRICT)
@@ -88,6 +91,8 @@ class EnvConfig(Settings):
         observation: What the policy sees.
         reward: How the reward is made.
         schedule: What an action changes.
+        level_norm: What a level of a LoRA job refers to: `effective`, the change of the adapted weights, or
+            `adapters`, that of the adapters themselves.
         device: Where the jobs run; `auto` is a GPU when there is one.
         kwargs: Passed to the constructor of any other environment.
     """
@@ -99,6 +104,7 @@ class EnvConfig(Settings):
     observation: ObservationConfig = ObservationConfig()
     reward: RewardConfig = RewardConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    level_norm: Literal["effective", "adapters"] = "effective"
     device: Device = "auto"
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -205,7 +211,8 @@ class FinetuneConfig(Settings):
         seed: Data order, dropout and every other random number of the job.
         task: The job.
         learning_rate: Rate that the job is given, right or wrong; not given: the task's.
-        schedule: The base that the level multiplies, and where the level starts.
+        schedule: The base that the level multiplies, and where the level starts; not given: what the policy was
+            trained with.
         device: Where the job runs; `auto` is a GPU when there is one.
         save_model: Write the fine-tuned model (or adapter) to the run directory.
         tracking: Weights & Biases.
@@ -214,7 +221,7 @@ class FinetuneConfig(Settings):
     seed: int = Field(default=0, ge=0)
     task: FineTuningTask
     learning_rate: Positive | None = None
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig | None = None
     device: Device = "auto"
     save_model: bool = True
     tracking: TrackingConfig = TrackingConfig()
@@ -229,7 +236,8 @@ class CompareConfig(Settings):
         learning_rate_factors: Starting rates, as factors on each task's default rate.
         seeds: A list of seeds, or how many (0, 1, ..).
         oracle_factors: Rates, as factors on the default, of the sweep of linear-to-zero runs that scores 1.
-        schedule: The base that a policy's level multiplies, and where the level starts.
+        schedule: The base that the level multiplies, and where the level starts; not given: what the policy was
+            trained with.
         device: Where the jobs run; `auto` is a GPU when there is one.
         workers: Processes that share the runs.
         tracking: Weights & Biases.
@@ -240,7 +248,7 @@ class CompareConfig(Settings):
     learning_rate_factors: tuple[Positive, ...] = Field(default=(1 / 30, 1 / 3, 1.0, 3.0, 30.0), min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     oracle_factors: tuple[Positive, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig | None = None
     device: Device = "auto"
     workers: int = Field(default=1, ge=1)
     tracking: TrackingConfig = TrackingConfig()
