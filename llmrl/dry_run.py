@@ -1,0 +1,195 @@
+"""Tries a configured job for a few steps and says what a whole one would take: tokens, memory, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.schedule import Schedule, decision_intervals
+from llmrl_envs.jobs.batches import batch_indices
+from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.session import FineTuningSession
+from llmrl_envs.jobs.task import FineTuningTask
+from torch import Tensor
+
+from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
+
+NUM_TIMED_STEPS = 3
+GENTLE_RATE = 1e-6
+"""Rate of the tried steps: they are timed, not meant to learn."""
+
+
+@dataclass(frozen=True)
+class TaskTrial:
+    """What a few steps of one task showed.
+
+    Attributes:
+        name: The task.
+        precision: Number format of the forward pass.
+        batch_shapes: Shape of each tensor of one forward pass.
+        tokens_per_step: Tokens of one optimizer step, padding not counted.
+        num_parameters: Parameters of the model.
+        num_trained: Those that are trained.
+        memory_bytes: By purpose: parameters, gradients, moments, activations.
+        num_decisions: Decisions of a job.
+        seconds_per_step: Wall time of an optimizer step.
+        seconds_per_evaluation: Wall time of one pass over the validation subset.
+        job_seconds: Estimated wall time of the job's steps.
+    """
+
+    name: str
+    precision: str
+    batch_shapes: dict[str, tuple[int, ...]]
+    tokens_per_step: float
+    num_parameters: int
+    num_trained: int
+    memory_bytes: dict[str, int]
+    num_decisions: int
+    seconds_per_step: float
+    seconds_per_evaluation: float
+    job_seconds: float
+
+
+def try_task(task: FineTuningTask, library: JobLibrary) -> TaskTrial:
+    """Loads a task and trains it for a few steps at a rate that changes next to nothing.
+
+    Raises:
+        UserError: Model or data cannot be loaded or do not fit the task.
+    """
+    job = library.job(task)
+    session = FineTuningSession(job, seed=0)
+    schedule = Schedule(action_table("factors"), np.array([task.steps]), np.array([GENTLE_RATE]))
+    activations = _activation_bytes(session, schedule)
+    num_timed = min(NUM_TIMED_STEPS, task.steps - session.step)
+    before, tokens_before = time.perf_counter(), session.tokens_trained
+    if num_timed:
+        session.run_interval(num_timed, schedule)
+        _wait(job.device)
+    step_seconds = (time.perf_counter() - before) / max(num_timed, 1)
+    tokens = (session.tokens_trained - tokens_before) / max(num_timed, 1)
+    before = time.perf_counter()
+    session.evaluate("validation")
+    evaluation_seconds = time.perf_counter() - before
+    return TaskTrial(
+        name=task.name,
+        precision=session.precision.name,
+        batch_shapes=_batch_shapes(job),
+        tokens_per_step=tokens,
+        num_parameters=job.loaded.num_parameters,
+        num_trained=sum(parameter.numel() for parameter in job.loaded.trainable.values()),
+        memory_bytes={**_state_bytes(job), "activations": activations},
+        num_decisions=len(decision_intervals(task.steps)),
+        seconds_per_step=step_seconds,
+        seconds_per_evaluation=evaluation_seconds,
+        job_seconds=task.steps * step_seconds,
+    )
+
+
+def tasks_of(config: Settings) -> tuple[FineTuningTask, ...]:
+    """The fine-tuning tasks of a configuration; none for a training in another environment."""
+    if isinstance(config, TrainConfig):
+        return config.env.tasks.tasks if config.env.id == FINE_TUNING_ID and config.env.tasks else ()
+    if isinstance(config, FinetuneConfig):
+        return (config.task,)
+    return config.tasks if isinstance(config, CompareConfig) else ()
+
+
+def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:
+    """Wall time of the whole command, from the time of a job of each task; learning and plots not counted.
+
+    A training evaluates at every decision and runs a reference for each task and seed; a comparison runs every method
+    from every rate and seed, and the sweep.
+    """
+    if not trials:
+        return float("nan")
+    if isinstance(config, TrainConfig):
+        return _training_seconds(config, trials)
+    if isinstance(config, CompareConfig):
+        per_task = len(config.seeds) * (
+            len(config.methods) * len(config.learning_rate_factors) + len(config.oracle_factors)
+        )
+        return per_task * sum(trial.job_seconds for trial in trials) / config.workers
+    return sum(trial.job_seconds for trial in trials)
+
+
+def _training_seconds(config: TrainConfig, trials: tuple[TaskTrial, ...]) -> float:
+    assert config.env.tasks is not None
+    episodes = [trial.job_seconds + (trial.num_decisions + 1) * trial.seconds_per_evaluation for trial in trials]
+    episode_seconds = float(np.mean(episodes))
+    num_training = config.training.decisions / float(np.mean([trial.num_decisions for trial in trials]))
+    period = config.training.evaluation_period_episodes
+    num_evaluations = 1 + (num_training // period if period else 0)
+    num_evaluated = num_evaluations * config.training.evaluation_episodes
+    num_references = min(len(trials) * config.env.tasks.num_seeds, num_training)
+    return episode_seconds * (num_training + config.training.demonstrations + num_evaluated + num_references)
+
+
+def _batch_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    indices = batch_indices(len(job.data.train), job.task.batch_size, 0, 0)
+    return {name: tuple(tensor.shape) for name, tensor in job.data.train.collate(indices).items()}
+
+
+def _state_bytes(job: Job) -> dict[str, int]:
+    """Bytes of what lives as long as the job."""
+    every = sum(parameter.numel() * parameter.element_size() for parameter in job.loaded.model.parameters())
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in job.loaded.trainable.values())
+    return {"parameters": every, "gradients": trained, "moments": 2 * trained}
+
+
+def _activation_bytes(session: FineTuningSession, schedule: Schedule) -> int:
+    """Most bytes that one step keeps between forward and backward pass, measured on a step."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in session.job.loaded.model.parameters()}
+    with _saved_tensors(parameters) as peak:
+        session.run_interval(1, schedule)
+    return peak[0]
+
+
+class _Saved:
+    """A tensor that the backward pass will need; counts its storage while it is kept."""
+
+    def __init__(self, tensor: Tensor, kept: dict[int, int], total: list[int]) -> None:
+        self.tensor = tensor
+        self._storage = tensor.untyped_storage()
+        self._kept, self._total = kept, total
+        pointer = self._storage.data_ptr()
+        kept[pointer] = kept.get(pointer, 0) + 1
+        if kept[pointer] == 1:
+            total[0] += self._storage.nbytes()
+
+    def __del__(self) -> None:
+        pointer = self._storage.data_ptr()
+        self._kept[pointer] -= 1
+        if not self._kept[pointer]:
+            self._total[0] -= self._storage.nbytes()
+
+
+@contextmanager
+def _saved_tensors(ignored: set[int]) -> Iterator[list[int]]:
+    """Counts the bytes that autograd keeps; yields a list whose only entry is the most at any time."""
+    kept: dict[int, int] = {}
+    total, peak = [0], [0]
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.untyped_storage().data_ptr() in ignored:
+            return tensor
+        saved = _Saved(tensor, kept, total)
+        peak[0] = max(peak[0], total[0])
+        return saved
+
+    def unpack(saved: Any) -> Tensor:
+        tensor: Tensor = saved.tensor if isinstance(saved, _Saved) else saved
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
