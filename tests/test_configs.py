@@ -1,0 +1,62 @@
+"""Every configuration that ships is valid, and the scripts install and check what they say."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from llmrl_envs.interface.action import action_table
+
+from llmrl.config import CompareConfig, FinetuneConfig, TrainConfig
+from llmrl.config_loading import config_to_yaml, load_config
+
+ROOT = Path(__file__).parents[1]
+KINDS = {"train": TrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_there_is_one_of_each_kind() -> None:
+    for kind in KINDS:
+        assert (ROOT / "configs" / kind / "quickstart.yaml") in FILES
+    assert (ROOT / "configs" / "train" / "smoke.yaml") in FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ROOT).as_posix() for path in FILES])
+def test_it_is_valid_and_of_the_kind_of_its_folder(path: Path, tmp_path: Path) -> None:
+    config = load_config(None, path)
+    assert type(config) is KINDS[path.parent.name]
+    again = tmp_path / "config.yaml"
+    again.write_text(config_to_yaml(config))
+    assert load_config(None, again) == config
+
+
+def test_the_quickstart_trains_on_no_task_that_it_is_compared_on() -> None:
+    trained = load_config("train", ROOT / "configs/train/quickstart.yaml").env.tasks
+    compared = load_config("compare", ROOT / "configs/compare/quickstart.yaml").tasks
+    finetuned = load_config("finetune", ROOT / "configs/finetune/quickstart.yaml").task
+    assert trained is not None
+    seen = {task.data.train for task in trained.tasks}
+    assert seen.isdisjoint({task.data.train for task in (*compared, finetuned)})
+
+
+def test_the_default_action_of_the_quickstart_is_to_hold() -> None:
+    config = load_config("train", ROOT / "configs/train/quickstart.yaml")
+    assert config.agent.default_action == action_table(config.env.actions).hold
+
+
+def test_constraints_pin_every_direct_dependency_and_name_no_host() -> None:
+    text = (ROOT / "scripts" / "constraints.txt").read_text()
+    pinned = {line.split("==")[0].lower() for line in text.splitlines() if line and not line.startswith("#")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = {name.split(">")[0].split("=")[0].split("[")[0].strip().lower() for name in wanted}
+    assert names <= pinned
+    assert "torch==2.13.0" in text.splitlines()
+    assert "://" not in text
+    assert "--" not in text
+
+
+def test_ci_runs_the_same_checks() -> None:
+    assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / "scripts" / "test.sh").read_text()
+    for check in ("ruff format --check", "ruff check", "mypy", "pytest"):
+        assert check in script
