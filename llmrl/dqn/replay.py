@@ -4,30 +4,32 @@
     replay.add(obs, action, reward, terminated, truncated, next_obs, mask, next_mask)  # one step of every environment
     batch = replay.sample(128, rng, n_step=3, gamma=0.99)
 
-Each environment has a lane: a ring of capacity // num_envs rows. Slot = row * num_envs + lane, so that the successor of
-a transition is num_envs slots further on. The columns are fields of one array of records: a draw touches one place in
-memory per transition. n and gamma are arguments of `sample`, so they can change while the experience stays.
+n and gamma are arguments of `sample`: they can change while the experience stays, and old experience can be reused.
 """
 
 from __future__ import annotations
 
+import json
+import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmrl.dqn.n_step import n_step_returns, window_slots
-from llmrl.dqn.replay_checks import Transitions, TransitionSpec, check_positive
-from llmrl.dqn.replay_observations import FrameObservations, ObservationStore, PairedObservations
+from llmrl.dqn.replay_checks import TransitionSpec, check_positive
+from llmrl.dqn.replay_merge import Experience, HeldExperience, merge
+from llmrl.dqn.replay_rows import Changed, Rows
+from llmrl.dqn.replay_storage import LoadReport, StoredReplay, append_replay, check_agrees, write_replay
 from llmrl.dqn.sum_tree import SumTree
 
 Sampling = Literal["uniform", "prioritized", "lap"]
 RewardTransform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 PRIORITY_FLOOR = 1e-6  # added to |td| so that no stored transition is out of reach
-SPARE_FRAMES = 8  # one frame in so many is spare, for the additional frames at the start of an episode
-MAX_STACK = 16  # a uint8 observation with more leading entries than this is an image, not a stack of frames
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Batch:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions of `num_envs` environments.
+    """The last transitions of `num_envs` environments, capacity // num_envs of each.
 
     Args:
         capacity: Transitions to hold; rounded down to a multiple of num_envs (`replay.capacity` says to what).
-        num_envs: Environments E that are stepped together, one lane each.
+        num_envs: Environments E that are stepped together.
         obs_shape: Shape of one observation. uint8 [stack, height, width] keeps every frame once.
         num_actions: Actions A.
         obs_dtype: np.float32 or np.uint8.
@@ -61,7 +63,7 @@ class ReplayBuffer:
         alpha: Exponent of the priorities.
         normalize_weights: Divide importance weights by the largest of the batch, so that they only scale steps down.
         metadata: What the numbers mean, as JSON values (hashes of the observation spec and the action table); saved,
-            and compared when experience is loaded or merged.
+            and compared when experience is restored or merged.
 
     Raises:
         ValueError: A size is not positive, or a choice is unknown.
@@ -89,36 +91,24 @@ class ReplayBuffer:
             raise ValueError(f"obs_dtype: expected numpy.float32 or numpy.uint8, got {obs_dtype!r}")
         if not alpha >= 0:
             raise ValueError(f"alpha: expected a number >= 0, got {alpha}")
-        self.num_envs = num_envs
-        self.num_rows = capacity // num_envs
-        self.capacity = self.num_rows * num_envs
         self.spec = TransitionSpec(num_envs, tuple(obs_shape), obs_dtype, num_actions)
+        self.rows = Rows(self.spec, capacity // num_envs)
+        self.num_envs, self.capacity = num_envs, self.rows.capacity
         self.sampling, self.alpha, self.normalize_weights = sampling, alpha, normalize_weights
-        self.metadata = dict(metadata or {})
-        self.num_stale_updates = 0
+        self.metadata = json.loads(json.dumps(metadata or {}))
         self.max_priority = 1.0
-        self.observations = _observation_store(self.spec, self.capacity)
-        self._records = np.zeros(self.capacity, dtype=_record_dtype(self.observations, num_actions))
-        self._generation = self._records["generation"]  # number of the transition in each slot, -1 = none
-        self._generation[:] = -1
-        self._stop = np.ones(self.capacity, dtype=np.bool_)  # no n-step window goes on past these slots
+        self.num_stale_updates = 0
         self._tree = None if sampling == "uniform" else SumTree(self.capacity)
-        self._head = np.zeros(num_envs, dtype=np.int64)  # [E] row that is written next
-        self._count = np.zeros(num_envs, dtype=np.int64)  # [E] transitions held
-        self._open = np.zeros(num_envs, dtype=np.bool_)  # [E] the newest transition's episode goes on
-        self._episode = np.full(num_envs, -1, dtype=np.int64)  # [E] episode of the newest transition
-        self._next_episode = 0
-        self._next_generation = 0
+        self._identity = uuid.uuid4().hex  # which folders may be appended to
 
     def __len__(self) -> int:
         """Transitions that can be drawn."""
-        return int(self._count.sum())
+        return self.rows.total
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all columns, frames and priorities."""
-        tree = 0 if self._tree is None else self._tree.num_bytes
-        return self._records.nbytes + self._stop.nbytes + self.observations.num_bytes() + tree
+        return self.rows.num_bytes + (0 if self._tree is None else self._tree.num_bytes)
 
     def add(
         self,
@@ -139,13 +129,15 @@ class ReplayBuffer:
             ValueError: A wrong shape or dtype, an action that is out of range or masked, an all-false mask, NaN or
                 infinity. The buffer is then unchanged.
         """
-        self._append(
-            self.spec.check(obs, action, reward, terminated, truncated, next_obs, mask, next_mask, episode, valid)
+        self._changed(
+            self.rows.append(
+                self.spec.check(obs, action, reward, terminated, truncated, next_obs, mask, next_mask, episode, valid)
+            )
         )
 
     def end_episodes(self) -> None:
         """The next transition of every lane begins an episode: no window runs from what is stored into what comes."""
-        self._open[:] = False
+        self.rows.open[:] = False
 
     def sample(
         self,
@@ -178,7 +170,10 @@ class ReplayBuffer:
             raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
         if len(self) == 0:
             raise ValueError("sampling from a replay buffer: expected at least one transition, got an empty buffer")
-        index = self._draw(batch_size, rng)
+        if self._tree is None:
+            index = self.rows.slots_of(rng.integers(0, len(self), batch_size))
+        else:
+            index = self._tree.sample(batch_size, rng)
         return self._batch(index, n_step, gamma, self._weights(index, beta), reward_transform)
 
     def update_priorities(
@@ -206,7 +201,7 @@ class ReplayBuffer:
             raise ValueError(f"priority: expected finite numbers >= 0, got {values.min()} to {values.max()}")
         if self._tree is None or not values.size:
             return 0
-        fresh = self._generation.take(index) == generation
+        fresh = self.rows.generation.take(index) == generation
         if not fresh.all():
             self.num_stale_updates += int((~fresh).sum())
             index, values = index[fresh], values[fresh]
@@ -214,71 +209,93 @@ class ReplayBuffer:
         self.max_priority = max(self.max_priority, float(values.max(initial=0.0)))
         return len(index)
 
-    def _append(self, t: Transitions) -> None:
-        """Writes checked transitions, one in each of some lanes."""
-        num = len(t.lanes)
-        rows = self._head[t.lanes]
-        self._begin_episodes(t)
-        records: NDArray[Any] = np.zeros(num, dtype=self._records.dtype)
-        records["episode"] = self._episode[t.lanes]
-        records["generation"] = np.arange(self._next_generation, self._next_generation + num)
-        records["action"], records["reward"] = t.action, t.reward
-        records["terminated"], records["truncated"] = t.terminated, t.truncated
-        records["mask"] = True if t.mask is None else t.mask
-        records["next_mask"] = True if t.next_mask is None else t.next_mask | t.terminated[:, None]
-        self.observations.write(records, t.obs, t.next_obs, t.lanes)
-        slots = rows * self.num_envs + t.lanes
-        self._records[slots] = records
-        self._stop[slots] = True
-        self._open[t.lanes] = ~(t.terminated | t.truncated)
-        self._head[t.lanes] = (rows + 1) % self.num_rows
-        self._count[t.lanes] = np.minimum(self._count[t.lanes] + 1, self.num_rows)
-        self._next_generation += num
-        if self._tree is not None:
-            self._tree.set(slots, float(self._leaf(np.array(self.max_priority))))
-        self._drop_lost()
+    def save(self, path: Path) -> None:
+        """Writes everything to a new folder and then puts it in the place of `path`: whole or not at all."""
+        write_replay(path, self.rows, self._about(), self._priorities())
 
-    def _begin_episodes(self, t: Transitions) -> None:
-        """Numbers the episodes of new transitions, and lets windows run from their predecessors into them."""
-        open_, episode = self._open[t.lanes], self._episode[t.lanes]
-        if t.episode is not None:
-            open_ = open_ & (t.episode == episode)
-            self._episode[t.lanes] = t.episode
+    def append(self, path: Path) -> None:
+        """Adds to `path` what came since it was written, and keeps there what was overwritten here meanwhile.
+
+        Raises:
+            ValueError: The folder is not of this buffer, or is damaged.
+        """
+        append_replay(path, self.rows, self._about(), self._priorities())
+
+    def restore(self, path: Path) -> LoadReport:
+        """Takes over what was saved; what is drawn from then on is what the saved buffer would have drawn.
+
+        From a damaged folder every transition before the damage is taken, with a warning.
+
+        Raises:
+            ValueError: The folder is missing, of another version, shape, capacity or metadata, or nothing is intact.
+        """
+        stored = StoredReplay(path)
+        check_agrees(str(path), stored.about, self._about(), ("spec", "metadata", "num_envs", "capacity"))
+        self.rows = Rows(self.spec, self.rows.num_rows)
+        self._tree = None if self._tree is None else SumTree(self.capacity)
+        self._identity = stored.about["identity"]
+        self.max_priority = stored.about["max_priority"]
+        self.num_stale_updates = stored.about["num_stale_updates"]
+        if stored.damage is not None:
+            return self.merge(stored)
+        stored.fill(self.rows)
+        same = all(stored.about[key] == self._about()[key] for key in ("sampling", "alpha"))
+        priorities = stored.priorities() if same else None
+        if self._tree is not None:
+            highest = self._leaf(np.array(self.max_priority))
+            self._tree.set(self.rows.live_slots(), highest if priorities is None else priorities)
+        return LoadReport(len(self), len(self), None)
+
+    def merge(self, source: Path | StoredReplay | ReplayBuffer) -> LoadReport:
+        """Adds the experience of another run as if it had just been collected.
+
+        The other run may have had another number of environments or capacity, but observations and actions must mean
+        the same. What does not fit is left out, the oldest first. From a damaged folder every transition before the
+        damage is taken, with a warning.
+
+        Raises:
+            ValueError: The folder cannot be read, or shapes or metadata differ.
+        """
+        if isinstance(source, ReplayBuffer):
+            experience: Experience = HeldExperience(source.rows)
+            about, damage, where = source._about(), None, "replay buffer"
         else:
-            starting = t.lanes[~open_]
-            self._episode[starting] = self._next_episode + np.arange(len(starting))
-        self._next_episode = max(self._next_episode, int(self._episode.max()) + 1)
-        going_on = t.lanes[open_]
-        self._stop[(self._head[going_on] - 1) % self.num_rows * self.num_envs + going_on] = False
+            experience = stored = source if isinstance(source, StoredReplay) else StoredReplay(source)
+            about, damage, where = stored.about, stored.damage, str(stored.path)
+        check_agrees(where, about, self._about(), ("spec", "metadata"))
+        for changed in merge(self.rows, experience):
+            self._changed(changed)
+        num_loaded = min(len(experience.environment), self.capacity)
+        if damage is not None:
+            warnings.warn(f"{where}: {damage}; took {num_loaded} transitions before that", stacklevel=2)
+        return LoadReport(len(experience.environment), num_loaded, damage)
 
-    def _drop_lost(self) -> None:
-        """Drops the oldest transitions of lanes whose frames have been overwritten."""
-        if not self.observations.loses:
-            return
-        while True:
-            lanes = np.flatnonzero(self._count > 0)
-            slots = (self._head[lanes] - self._count[lanes]) % self.num_rows * self.num_envs + lanes
-            lost = self.observations.lost(self._records[slots])
-            if not lost.any():
-                return
-            self._generation[slots[lost]] = -1
-            self._count[lanes[lost]] -= 1
-            if self._tree is not None:
-                self._tree.set(slots[lost], 0.0)
+    def _about(self) -> dict[str, Any]:
+        """What a saved buffer says about itself; JSON values."""
+        spec = self.spec
+        shape, dtype = list(spec.obs_shape), np.dtype(spec.obs_dtype).name
+        return {
+            "identity": self._identity,
+            "spec": {"obs_shape": shape, "obs_dtype": dtype, "num_actions": spec.num_actions},
+            "metadata": self.metadata,
+            "num_envs": self.num_envs,
+            "capacity": self.capacity,
+            "sampling": self.sampling,
+            "alpha": self.alpha,
+            "max_priority": self.max_priority,
+            "num_stale_updates": self.num_stale_updates,
+        }
 
-    def _draw(self, batch_size: int, rng: np.random.Generator) -> NDArray[np.int64]:  # [B]
-        """Slots, uniformly or in proportion to their priorities."""
+    def _priorities(self) -> NDArray[np.float64] | None:
+        """Leaves of the sum tree, in the order in which the transitions were written."""
+        return None if self._tree is None else self._tree.get(self.rows.live_slots())
+
+    def _changed(self, changed: Changed) -> None:
+        """New transitions get the highest priority so far; emptied slots can no longer be drawn."""
         if self._tree is not None:
-            return self._tree.sample(batch_size, rng)
-        total = len(self)
-        number = rng.integers(0, total, batch_size)  # lane by lane, each from its oldest transition
-        if total == self.capacity:
-            return number
-        ends = self._count.cumsum()
-        lane = ends.searchsorted(number, side="right")
-        age = number - (ends - self._count).take(lane)
-        row = ((self._head - self._count).take(lane) + age) % self.num_rows
-        return row * self.num_envs + lane
+            self._tree.set(changed.filled, float(self._leaf(np.array(self.max_priority))))
+            if len(changed.emptied):
+                self._tree.set(changed.emptied, 0.0)
 
     def _weights(self, index: NDArray[np.int64], beta: float) -> NDArray[np.float32]:  # [B]
         """(len(self) * probability)**-beta, over the largest of the batch if weights are normalised."""
@@ -304,39 +321,23 @@ class ReplayBuffer:
         reward_transform: RewardTransform | None,
     ) -> Batch:
         """The transitions that start at some slots, over windows of at most n steps."""
-        first = self._records.take(index)
+        rows = self.rows
+        first = rows.records.take(index)
         windows = window_slots(index, n_step, self.num_envs, self.capacity)
-        reward = self._records["reward"][windows].astype(np.float64)
-        returns = n_step_returns(
-            self._stop, reward if reward_transform is None else reward_transform(reward), windows, gamma
-        )
-        last = first if n_step == 1 else self._records.take(returns.last)
+        reward = rows.records["reward"][windows].astype(np.float64)
+        if reward_transform is not None:
+            reward = reward_transform(reward)
+        returns = n_step_returns(rows.stop, reward, windows, gamma)
+        last = first if n_step == 1 else rows.records.take(returns.last)
         return Batch(
-            obs=self.observations.read(first, "obs"),
+            obs=rows.observations.read(first, "obs"),
             action=first["action"].astype(np.int64),
             reward=returns.reward.astype(np.float32),
             discount=np.where(last["terminated"], 0.0, returns.discount).astype(np.float32),
-            next_obs=self.observations.read(last, "next_obs"),
+            next_obs=rows.observations.read(last, "next_obs"),
             mask=np.ascontiguousarray(first["mask"]),
             next_mask=np.ascontiguousarray(last["next_mask"]),
             weight=weight,
             index=index,
             generation=np.ascontiguousarray(first["generation"]),
         )
-
-
-def _observation_store(spec: TransitionSpec, capacity: int) -> ObservationStore:
-    """Frames once for stacks of images, pairs for everything else."""
-    shape = spec.obs_shape
-    if spec.obs_dtype is np.uint8 and len(shape) == 3 and shape[0] <= MAX_STACK:
-        spare = capacity // SPARE_FRAMES + 4 * shape[0] * spec.num_envs
-        return FrameObservations(shape, capacity + spare, spec.num_envs)
-    return PairedObservations(shape, spec.obs_dtype)
-
-
-def _record_dtype(observations: ObservationStore, num_actions: int) -> np.dtype[Any]:
-    """One transition; eight-byte fields first so that every field is aligned."""
-    fields = [("episode", np.int64, ()), ("generation", np.int64, ()), *observations.fields]
-    fields += [("reward", np.float32, ()), ("action", np.int32, ()), ("terminated", np.bool_, ())]
-    fields += [("truncated", np.bool_, ()), ("mask", np.bool_, (num_actions,)), ("next_mask", np.bool_, (num_actions,))]
-    return np.dtype(fields, align=True)

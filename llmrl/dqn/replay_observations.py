@@ -120,9 +120,18 @@ class FrameObservations:
         """Bytes of the ring."""
         return self.frames.nbytes
 
-    def forget_lanes(self) -> None:
-        """Shares no frame of what is written next with what was written before."""
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest frame that is held."""
+        return max(0, self.num_written - len(self.frames))
+
+    def restore(self, frames: NDArray[Any], first: int) -> None:
+        """Takes over successive frames, numbered from `first`; what is written next shares none of them."""
+        self.num_written = first + len(frames)
         self._newest.clear()
+        for start in range(self.oldest, self.num_written, len(self.frames)):
+            numbers = np.arange(max(start, first), min(start + len(self.frames), self.num_written))
+            self.frames[numbers % len(self.frames)] = frames[numbers - first]
 
     def _store(self, stack: NDArray[Any], expected: NDArray[np.int64] | None) -> NDArray[np.int64]:  # [stack]
         """Numbers of the frames of one stack, which are those of `expected` where the bytes agree."""
