@@ -52,13 +52,16 @@ class LoadedModel:
     use_cache: bool | None = None
 
 
-def load_model(task: FineTuningTask, *, num_labels: int | None, device: torch.device | str) -> LoadedModel:
+def load_model(
+    task: FineTuningTask, *, num_labels: int | None, device: torch.device | str, tokenizer: Any = None
+) -> LoadedModel:
     """Loads the model of a task in float32, with a classification head or adapters where the task wants them.
 
     Args:
         task: The task.
         num_labels: Number of classes of a classification task, as found in its data.
         device: Where the model goes.
+        tokenizer: The model's tokenizer, where it is loaded already.
 
     Raises:
         UserError: The model is missing, broken, of the wrong kind, or shorter than the task's `max_length`.
@@ -66,15 +69,16 @@ def load_model(task: FineTuningTask, *, num_labels: int | None, device: torch.de
     if task.objective == "classification" and num_labels is None:
         raise ValueError("num_labels: expected the number of classes of a classification task, got None")
     source = find_model(task.model)
-    tokenizer = load_tokenizer(task.model)
+    tokenizer = tokenizer or load_tokenizer(task.model)
     config = _load_config(source)
     _check_kind(config, task)
     _check_length(config, task)
-    head = {"num_labels": num_labels, "problem_type": "single_label_classification"}
-    model = _load_weights(source, config, task, head if task.objective == "classification" else {})
-    _check_vocabulary(model, tokenizer, task)
     if task.objective == "classification":
-        model.config.pad_token_id = tokenizer.pad_token_id
+        config.num_labels, config.problem_type = num_labels, "single_label_classification"
+        # A decoder's classifier reads the last token that is no padding.
+        config.pad_token_id = tokenizer.pad_token_id
+    model = _load_weights(source, config, task)
+    _check_vocabulary(model, tokenizer, task)
     use_cache = getattr(model.config, "use_cache", None)
     if use_cache:
         model.config.use_cache = False
@@ -129,14 +133,26 @@ def _load_config(source: ModelSource) -> Any:
         return transformers.AutoConfig.from_pretrained(**source.arguments())
 
 
-def _load_weights(source: ModelSource, config: Any, task: FineTuningTask, head: dict[str, Any]) -> Any:
+def _load_weights(source: ModelSource, config: Any, task: FineTuningTask) -> Any:
     is_classifier = task.objective == "classification"
     loader = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
-    arguments = source.arguments() | head | {_dtype_argument(): torch.float32}
+    arguments = source.arguments() | {"config": config, _dtype_argument(): torch.float32}
     if source.gguf_file is None:
         arguments["use_safetensors"] = True  # never a pickle, which could run code
+    elif hasattr(transformers, "GgufConfig"):
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet_transformers(), load_errors(source, "weights"), fixed_initialisation():
-        return loader.from_pretrained(**arguments).float()
+        model = loader.from_pretrained(**arguments)
+    if source.gguf_file is not None:
+        _forget_quantization(model)
+    return model
+
+
+def _forget_quantization(model: Any) -> None:
+    """Takes the marks of its file off a model with plain float32 weights, or it could be neither cast nor saved."""
+    model.is_quantized, model.hf_quantizer = False, None
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
 
 
 def _dtype_argument() -> str:
