@@ -105,12 +105,7 @@ class DQNAgent:
         network_seed, explore_seed, sample_seed = np.random.SeedSequence(config.seed).generate_state(3, np.uint64)
         generator = torch.Generator().manual_seed(int(network_seed >> np.uint64(1)))
         self.learner = Learner(config, config.network(self.obs_shape, num_actions), generator, resolve_device(device))
-        self.exploration = EpsilonGreedy(
-            epsilon_schedule(config, num_envs),
-            num_envs,
-            np.random.default_rng(explore_seed),
-            max_repeat=config.exploration_max_repeat,
-        )
+        self.exploration = make_exploration(config, num_envs, np.random.default_rng(explore_seed))
         self._sample_rng = np.random.default_rng(sample_seed)
         self._statistics = RunningStatistics(self.obs_shape)
         self.replay = ReplayBuffer(
@@ -312,8 +307,13 @@ class DQNAgent:
         self._scheduled_updates = state["scheduled_updates"]
 
 
-def epsilon_schedule(config: DQNConfig, num_envs: int) -> EpsilonSchedule:
-    """The schedule that a configuration names."""
+def make_exploration(config: DQNConfig, num_envs: int, rng: np.random.Generator) -> EpsilonGreedy:
+    """Exploration as a configuration asks for it, with a generator of its own."""
+    schedule = _epsilon_schedule(config, num_envs)
+    return EpsilonGreedy(schedule, num_envs, rng, max_repeat=config.exploration_max_repeat)
+
+
+def _epsilon_schedule(config: DQNConfig, num_envs: int) -> EpsilonSchedule:
     ends = (config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps)
     if config.epsilon_schedule == "exponential":
         return ExponentialEpsilon(*ends)
