@@ -14,9 +14,9 @@ class UserError(ValueError):
         got: What was found instead.
         where: File, line, or configuration key.
 
-    >>> print(UserError("unknown objective", expected="'classification'", got="'clasification'", where="task.objective"))
+    >>> print(UserError("unknown objective", expected="'classification'", got="'clasification'", where="task"))
     unknown objective
-      where:    task.objective
+      where:    task
       expected: 'classification'
       got:      'clasification'
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -12,11 +12,11 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.guards import FallBehindGuard
-from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationEncoder, ObservationSpec
+from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec, interval_reward
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.interface.statistics import TrainingStatistics
+from llmrl_envs.interface.steering import Steering, SteeringUpdate
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.reference import ReferenceCurves
 from llmrl_envs.jobs.session import FineTuningSession
@@ -56,7 +56,10 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         >>> env = gymnasium.make("llmrl_envs:llmrl/FineTuning-v0")  # doctest: +SKIP
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "human", "ansi"], "render_fps": 4}
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium declares it so
+        "render_modes": ["rgb_array", "human", "ansi"],
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._feature_dropout = float(settings.pop("feature_dropout"))
         self._validation_visible = float(settings.pop("validation_visible"))
         self.table = action_table(actions)
-        self.spec = ObservationSpec(self.table, **settings)
+        self.observation_spec = ObservationSpec(self.table, **settings)
         self.reward_spec = RewardSpec(**(reward or {}))
         self.schedule_settings = ScheduleSettings(**(schedule or {}))
         self._level_norm = level_norm
@@ -88,7 +91,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._library = library
         self._references: ReferenceCurves | None = None
         self._session: FineTuningSession | None = None
-        low, high = self.spec.bounds()
+        self._over = self._diverged = False
+        low, high = self.observation_spec.bounds()
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.action_space = spaces.Discrete(self.table.num_actions)
 
@@ -106,9 +110,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         super().reset(seed=seed)
         sampled = (options or {}).get("job") or self.tasks.sample(self.np_random)
         hidden = self._draw_hidden_groups()
-        self._begin(sampled)
-        self._encoder.reset(np.arange(1), hidden[None, :])
-        observation = self._encoder.encode(self._session_now().initial_statistics(), self._schedule)[0]
+        observation = self._begin(sampled, hidden)
         return observation, self._info({}, carried_out=-1)
 
     def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -116,28 +118,29 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         session = self._session_now()
         if self._over:
             raise ValueError("step: expected reset() after the end of an episode, got another action")
-        events: dict[str, Any] = {}
-        before_toggles = (int(self._schedule.level[0]), bool(self._schedule.frozen[0]), bool(self._schedule.tight[0]))
-        carried_out, rollback = self._schedule.apply(np.array([int(action)]))
-        if rollback[0]:
+        before = self._toggles()
+        carried_out, rollback = self._steering.apply(np.array([int(action)]))
+        switched, rolled_back = self._toggles() != before, bool(rollback[0])
+        if rolled_back:
             session.roll_back()
-            events["rollback"] = True
         statistics = session.run_interval(self._intervals[self._decision], self._schedule)
-        self._schedule.advance(statistics.step)
-        self._schedule.observe_norms(statistics.update_norm, statistics.weight_norm)
         log_loss = self._measure()
-        shown = statistics if not self._shows_validation else _with_validation(statistics, math.exp(log_loss))
-        observation = self._encoder.encode(shown, self._schedule)[0]
-        events |= self._run_guards()
-        toggles = (int(self._schedule.level[0]), bool(self._schedule.frozen[0]), bool(self._schedule.tight[0]))
-        reward = self._reward(log_loss, switched=toggles != before_toggles, rolled_back=bool(rollback[0]))
+        shown = _with_validation(statistics, log_loss) if self._shows_validation else statistics
+        update = self._steering.observe(shown)
+        self._keep_best(update)
+        reward = self._reward(log_loss, switched=switched, rolled_back=rolled_back)
         self._decision += 1
         terminated = self._over = self._diverged or self._decision == len(self._intervals)
         self._record(statistics, log_loss, int(carried_out[0]))
         if self.render_mode == "human":
             self.render()
-        events["skipped_steps"] = int(statistics.skipped.sum())
-        return observation, reward, terminated, False, self._info(events, carried_out=int(carried_out[0]))
+        events = {
+            "rollback": rolled_back,
+            "fallback": bool(update.fell_back[0]),
+            "skipped_steps": int(statistics.skipped.sum()),
+        }
+        info = self._info(events, carried_out=int(carried_out[0]))
+        return update.observation[0], reward, terminated, False, info
 
     def render(self) -> Any:
         """Draws loss and learning rate so far: uint8[H, W, 3], text, or a window."""
@@ -153,7 +156,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     # -- the job --------------------------------------------------------------------------------------------------
 
-    def _begin(self, sampled: SampledTask) -> None:
+    def _begin(self, sampled: SampledTask, hidden: NDArray[np.bool_]) -> NDArray[np.float32]:
         if self._library is None:
             self._library = JobLibrary(self._device)
         if self._references is None:
@@ -170,15 +173,21 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self.schedule_settings,
             self._session.capabilities,
         )
-        update, weight = self._session.initial_norms()
-        self._schedule.observe_norms(np.array([update]), np.array([weight]))
-        self._encoder = ObservationEncoder(self.spec)
-        self._guard = FallBehindGuard(1)
+        self._steering = Steering(self.observation_spec, self._schedule)
         self._decision, self._over, self._diverged = 0, False, False
         self._return = 0.0
         self._initial_log_loss = self._log_loss = self._measure()
         self._scale = self.reward_spec.scale(self._initial_log_loss, self._reference[-1])
         self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
+        update, weight = self._session.initial_norms()
+        statistics = self._session.initial_statistics()
+        observation = self._steering.begin(statistics, np.array([update]), np.array([weight]), hidden[None, :])
+        first: NDArray[np.float32] = observation[0]
+        return first
+
+    def _toggles(self) -> tuple[int, bool, bool]:
+        schedule = self._schedule
+        return int(schedule.level[0]), bool(schedule.frozen[0]), bool(schedule.tight[0])
 
     def _new_session(self, job: Job, sampled: SampledTask) -> FineTuningSession:
         share = self.reward_spec.average_intervals
@@ -207,15 +216,10 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         loss = self._session_now().evaluate("validation", averaged=averaged).loss
         return math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf
 
-    def _run_guards(self) -> dict[str, Any]:
-        """Keeps the best state for rollbacks and falls back when the job has lost too much."""
-        at_best, behind = self._guard.update(self._encoder.losses)
-        if at_best[0] and self._schedule.rollbacks_left[0] > 0:
+    def _keep_best(self, update: SteeringUpdate) -> None:
+        if update.at_best[0]:
             self._session_now().mark_best()
             self._schedule.has_snapshot[:] = True
-        falls_back = bool(behind[0] and not self._schedule.fallen_back[0])
-        self._schedule.fall_back(behind)
-        return {"fallback": True} if falls_back else {}
 
     def _reward(self, log_loss: float, *, switched: bool, rolled_back: bool) -> float:
         limit = self._initial_log_loss + self.reward_spec.divergence_rise(self._scale)
@@ -268,5 +272,5 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         }
 
 
-def _with_validation(statistics: TrainingStatistics, loss: float) -> TrainingStatistics:
-    return TrainingStatistics(**{**vars(statistics), "validation_loss": np.array([loss])})
+def _with_validation(statistics: TrainingStatistics, log_loss: float) -> TrainingStatistics:
+    return TrainingStatistics(**{**vars(statistics), "validation_loss": np.array([math.exp(min(log_loss, 50.0))])})

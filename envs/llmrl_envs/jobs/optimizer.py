@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ def low_rank_pairs(model: nn.Module) -> tuple[tuple[LowRankPair, ...], float]:
     """
     pairs: list[LowRankPair] = []
     square = 0.0
+    module: Any
     for module in model.modules():
         if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
             continue

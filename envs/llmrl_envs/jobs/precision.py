@@ -31,7 +31,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = resolve_precision(name, device)
         self._device = device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")  # type: ignore[attr-defined]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of a forward pass."""

@@ -1,0 +1,106 @@
+"""The steering of jobs: statistics in, observation out, action applied. Environments and real jobs share it.
+
+observation = steering.begin(statistics before the first step, norms)
+repeat:  steering.apply(action)   ->  train one interval at steering.schedule's rates
+         update = steering.observe(statistics of the interval)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrl_envs.interface.guards import FallBehindGuard
+from llmrl_envs.interface.observation import ObservationEncoder, ObservationSpec
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TrainingStatistics
+
+
+@dataclass(frozen=True)
+class SteeringUpdate:
+    """What an interval changed.
+
+    Attributes:
+        observation: float32[E, O].
+        at_best: bool[E], lanes whose smoothed train loss is the lowest so far: worth a snapshot.
+        fell_back: bool[E], lanes that the guard has just taken out of the policy's hands.
+    """
+
+    observation: NDArray[np.float32]
+    at_best: Booleans
+    fell_back: Booleans
+
+
+class Steering:
+    """Schedule, observation encoder and guard of E jobs, kept in step.
+
+    Args:
+        spec: Layout of the observation.
+        schedule: The jobs' schedules, fresh.
+        guarded: Fall back to linear decay when a job loses too much.
+    """
+
+    def __init__(self, spec: ObservationSpec, schedule: Schedule, *, guarded: bool = True) -> None:
+        self.spec = spec
+        self.schedule = schedule
+        self.encoder = ObservationEncoder(spec, schedule.num_lanes)
+        self._guarded = guarded
+        self.guard = FallBehindGuard(schedule.num_lanes)
+
+    def begin(
+        self,
+        statistics: TrainingStatistics,
+        update_norm: Floats,
+        weight_norm: Floats,
+        hidden: Booleans | None = None,
+    ) -> NDArray[np.float32]:
+        """The first observation, float32[E, O].
+
+        Args:
+            statistics: Those before the first step.
+            update_norm: float64[E], ||u|| as far as it is known before the first step.
+            weight_norm: float64[E], ||theta||.
+            hidden: bool[E, G], feature groups to withhold.
+        """
+        lanes = np.arange(self.schedule.num_lanes)
+        self.encoder.reset(lanes, hidden)
+        self.guard.reset(lanes)
+        self.schedule.observe_norms(update_norm, weight_norm)
+        return self.encoder.encode(statistics, self.schedule)
+
+    def apply(self, actions: Integers) -> tuple[Integers, Booleans]:
+        """Carries out actions; see `Schedule.apply`."""
+        return self.schedule.apply(actions)
+
+    def observe(self, statistics: TrainingStatistics) -> SteeringUpdate:
+        """Takes in the statistics of the interval that followed the last actions."""
+        self.schedule.advance(statistics.step)
+        self.schedule.observe_norms(statistics.update_norm, statistics.weight_norm)
+        observation = self.encoder.encode(statistics, self.schedule)
+        at_best, behind = self.guard.update(self.encoder.losses)
+        behind &= self._guarded
+        fell_back = behind & ~self.schedule.fallen_back
+        self.schedule.fall_back(behind)
+        return SteeringUpdate(observation, at_best & (self.schedule.rollbacks_left > 0), fell_back)
+
+    def state_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that changes, as arrays of leading dimension E."""
+        parts = (
+            ("schedule", self.schedule.state_dict()),
+            ("encoder", self.encoder.state_dict()),
+            ("guard", self.guard.state_dict()),
+        )
+        return {f"{part}.{name}": value for part, state in parts for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Restores what `state_dict` gave."""
+        self.schedule.load_state_dict(_part(state, "schedule."))
+        self.encoder.load_state_dict(_part(state, "encoder."))
+        self.guard.load_state_dict(_part(state, "guard."))
+
+
+def _part(state: Mapping[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

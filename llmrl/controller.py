@@ -1,0 +1,159 @@
+"""Steers one job with a policy: statistics become an observation, the observation an action, the action a schedule.
+
+The controller knows no host. Whoever runs the job asks it for learning rates and tells it what each interval measured:
+
+    controller = ScheduleController(policy, total_steps=1000, given_rate=1e-4)
+    controller.begin(statistics before the first step, update_norm, weight_norm)
+    while controller.decisions_left:
+        decision = controller.decide()          # host: roll back if decision.rollback
+        ... train controller.interval steps at controller.schedule.learning_rate(step) ...
+        update = controller.observe(statistics)  # host: keep a snapshot if update.at_best[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from llmrl_envs.interface.action import UpdateChoice
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.interface.statistics import TrainingStatistics
+from llmrl_envs.interface.steering import Steering, SteeringUpdate
+from numpy.typing import NDArray
+
+from llmrl.policy import SchedulePolicy
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision.
+
+    Attributes:
+        index: Its number, from 0.
+        step: Optimizer steps done when it was taken.
+        observation: float32[O].
+        q_values: float32[A]; NaN for a policy without values.
+        mask: bool[A], what was available.
+        action: The action carried out.
+        action_name: Its name.
+        rollback: The host must return to its best snapshot now.
+    """
+
+    index: int
+    step: int
+    observation: NDArray[np.float32]
+    q_values: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    action: int
+    action_name: str
+    rollback: bool
+
+
+class ScheduleController:
+    """Steers one job.
+
+    Args:
+        policy: Chooses the actions.
+        total_steps: The job's budget in optimizer steps.
+        given_rate: The learning rate that the job came with.
+        settings: Schedule settings; None takes those that the policy was trained with.
+        capabilities: Update choices that the host can carry out.
+        agree: Makes the processes of a job agree on the first one's action; None for a single process.
+        guarded: Fall back to linear decay when the job loses too much.
+    """
+
+    def __init__(
+        self,
+        policy: SchedulePolicy,
+        *,
+        total_steps: int,
+        given_rate: float,
+        settings: ScheduleSettings | None = None,
+        capabilities: frozenset[UpdateChoice] = frozenset(UpdateChoice),
+        agree: Callable[[int], int] | None = None,
+        guarded: bool = True,
+    ) -> None:
+        self.policy = policy
+        self.intervals = decision_intervals(total_steps)
+        self.schedule = Schedule(
+            policy.table,
+            np.array([total_steps]),
+            np.array([given_rate]),
+            settings or policy.settings,
+            capabilities,
+        )
+        self.steering = Steering(policy.spec, self.schedule, guarded=guarded)
+        self._agree = agree
+        self._num_decisions = 0
+        self._observation: NDArray[np.float32] | None = None
+
+    def begin(self, statistics: TrainingStatistics, update_norm: float, weight_norm: float) -> None:
+        """Starts the job.
+
+        Args:
+            statistics: Those before the first step.
+            update_norm: ||u|| as far as it is known.
+            weight_norm: ||theta||.
+        """
+        self._observation = self.steering.begin(statistics, np.array([update_norm]), np.array([weight_norm]))
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps of the interval that the latest decision opened."""
+        return self.intervals[self._num_decisions - 1]
+
+    @property
+    def decisions_left(self) -> int:
+        """Decisions still to take."""
+        return len(self.intervals) - self._num_decisions
+
+    def decide(self) -> Decision:
+        """Takes the next decision and changes the schedule.
+
+        Raises:
+            ValueError: `begin` was not called, or the budget is used up.
+        """
+        if self._observation is None or not self.decisions_left:
+            raise ValueError("decide: expected a job that has begun and has decisions left, got neither")
+        mask = self.schedule.mask()
+        choice = self.policy.act(self._observation, mask)
+        action = int(choice.actions[0])
+        if self._agree is not None:
+            action = self._agree(action)
+        carried_out, rollback = self.steering.apply(np.array([action]))
+        index = self._num_decisions
+        self._num_decisions += 1
+        return Decision(
+            index=index,
+            step=int(self.schedule.step[0]),
+            observation=self._observation[0],
+            q_values=choice.q_values[0],
+            mask=mask[0],
+            action=int(carried_out[0]),
+            action_name=self.policy.table.names[int(carried_out[0])],
+            rollback=bool(rollback[0]),
+        )
+
+    def observe(self, statistics: TrainingStatistics) -> SteeringUpdate:
+        """Takes in what the interval measured."""
+        update = self.steering.observe(statistics)
+        self._observation = update.observation
+        return update
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the optimizer step with index `step`."""
+        return float(self.schedule.learning_rate(np.array([step]))[0])
+
+    def state_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that changes, as arrays."""
+        own: dict[str, NDArray[np.generic]] = {"num_decisions": np.array([self._num_decisions])}
+        if self._observation is not None:
+            own["observation"] = self._observation.copy()
+        return own | self.steering.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Restores what `state_dict` gave."""
+        self._num_decisions = int(np.asarray(state["num_decisions"])[0])
+        self._observation = np.array(state["observation"], np.float32) if "observation" in state else None
+        self.steering.load_state_dict(state)

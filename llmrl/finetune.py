@@ -1,0 +1,197 @@
+"""`llmrl finetune`: one fine-tuning job, steered by a policy or by a usual schedule, alone or under accelerate.
+
+Writes config.yaml, schedule.jsonl (a row a decision, as it happens), schedule.png, summary.json and model/.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmrl_envs.errors import UserError
+from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.models import save_model
+from llmrl_envs.rendering import ScheduleHistory, draw_history
+
+from llmrl.config import FinetuneConfig
+from llmrl.config_loading import config_to_yaml
+from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
+from llmrl.hosts.job import DecisionRecord, JobResult, named_schedule, run_job
+from llmrl.policy import HOLD, SchedulePolicy, hold_policy
+from llmrl.progress import job_progress
+from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory
+from llmrl.tracking import Tracker, make_tracker
+
+
+def finetune(
+    *, config: FinetuneConfig, output: Path, policy: str | None = None, schedule: str | None = None
+) -> dict[str, Any]:
+    """Runs the job and returns what `summary.json` holds.
+
+    Args:
+        config: The job.
+        output: Run directory, new or empty.
+        policy: Folder, Hub id, "default" or "hold".
+        schedule: Name of a usual schedule; exactly one of the two.
+
+    Raises:
+        UserError: Bad input; nothing has been trained then.
+    """
+    chosen, settings = choose_policy(config, policy, schedule)
+    context = parallel_context()
+    if config.task.batch_size < context.world_size:
+        raise UserError(
+            "the batch is smaller than the number of processes",
+            expected=f"at least {context.world_size} examples",
+            got=config.task.batch_size,
+            where="task.batch_size",
+        )
+    is_first = context.rank == 0
+    if is_first:
+        create_run_directory(output)
+        atomic_write_text(output / "config.yaml", config_to_yaml(config))
+    device = str(context.device) if isinstance(context, AcceleratorContext) else config.device
+    job = JobLibrary(device).job(config.task)
+    rate = config.task.learning_rate if config.learning_rate is None else config.learning_rate
+    tracker = make_tracker(config.tracking, "finetune", output, config.model_dump(mode="json"))
+    recorder = _Recorder(output, chosen, job, tracker) if is_first else None
+    with job_progress(config.task.steps, enabled=is_first) as advance:
+        result = run_job(
+            job,
+            chosen,
+            learning_rate=rate,
+            seed=config.seed,
+            settings=settings,
+            parallel=context,
+            guarded=schedule is None,
+            validate=True,
+            on_decision=_announce(recorder, advance),
+        )
+    summary = summarise(config, chosen, rate, result, context.world_size)
+    if recorder is not None:
+        if config.save_model:
+            save_model(job.loaded, output / "model", job.data.label_names)
+        recorder.finish(summary)
+    if isinstance(context, AcceleratorContext):
+        context.barrier()
+    return summary
+
+
+def choose_policy(
+    config: FinetuneConfig, policy: str | None, schedule: str | None
+) -> tuple[SchedulePolicy, ScheduleSettings | None]:
+    """The policy that a command line names, and the schedule settings that replace its own."""
+    if (policy is None) == (schedule is None):
+        got = "neither" if policy is None else "both"
+        raise UserError("what steers the job?", expected="one of a policy and a schedule", got=got)
+    if schedule is not None:
+        warmup = (config.schedule or ScheduleSettings()).warmup_fraction
+        return named_schedule(schedule, warmup), None
+    if policy == HOLD:
+        return hold_policy(config.schedule), None
+    return SchedulePolicy.load(str(policy)), config.schedule
+
+
+def _announce(
+    recorder: _Recorder | None, advance: Callable[[int, float, float], None]
+) -> Callable[[DecisionRecord], None]:
+    def on_decision(record: DecisionRecord) -> None:
+        advance(record.step, record.train_loss, record.learning_rate)
+        if recorder is not None:
+            recorder.write(record)
+
+    return on_decision
+
+
+def summarise(
+    config: FinetuneConfig, policy: SchedulePolicy, rate: float, result: JobResult, num_processes: int
+) -> dict[str, Any]:
+    """What `summary.json` holds."""
+    return {
+        "task": config.task.name,
+        "method": policy.name,
+        "seed": config.seed,
+        "learning_rate": rate,
+        "steps": config.task.steps,
+        "num_decisions": len(result.records),
+        "num_processes": num_processes,
+        "loss_initial": result.initial.loss,
+        "loss_test": result.final.loss,
+        "accuracy_initial": result.initial.accuracy,
+        "accuracy_test": result.final.accuracy,
+        "loss_validation": result.records[-1].validation_loss,
+        "diverged": result.diverged,
+        "seconds": result.seconds,
+        "tokens_trained": result.tokens_trained,
+        "tokens_evaluated": result.tokens_evaluated,
+        "rollbacks": sum("rollback" in record.events for record in result.records),
+        "skipped_steps": sum(record.events.get("skipped_steps", 0) for record in result.records),
+        "fell_back": any("fallback" in record.events for record in result.records),
+    }
+
+
+def decision_row(record: DecisionRecord, names: tuple[str, ...], actions: tuple[str, ...]) -> dict[str, Any]:
+    """One row of `schedule.jsonl`."""
+    decision = record.decision
+    values = decision.q_values.tolist()
+    return {
+        "decision": decision.index,
+        "step": decision.step,
+        "action": decision.action_name,
+        "learning_rate": record.learning_rate,
+        "train_loss": record.train_loss,
+        "validation_loss": record.validation_loss,
+        "events": record.events,
+        "step_after": record.step,
+        "q_values": dict(zip(actions, values, strict=True)) if math.isfinite(values[0]) else None,
+        "mask": dict(zip(actions, decision.mask.tolist(), strict=True)),
+        "observation": dict(zip(names, decision.observation.tolist(), strict=True)),
+    }
+
+
+class _Recorder:
+    """Writes a job's rows, picture and summary, and tracks them."""
+
+    def __init__(self, output: Path, policy: SchedulePolicy, job: Job, tracker: Tracker) -> None:
+        self._output = output
+        self._tracker = tracker
+        self._names = policy.spec.names
+        self._actions = policy.table.names
+        self._rows = JsonlWriter(output / "schedule.jsonl")
+        self._history = ScheduleHistory(self._actions, job.task.name, job.task.steps)
+        self._table: list[list[Any]] = []
+
+    def write(self, record: DecisionRecord) -> None:
+        """Notes one decision."""
+        self._rows.write(decision_row(record, self._names, self._actions))
+        self._history.append(
+            step=record.step,
+            train_loss=record.train_loss,
+            validation_loss=record.validation_loss,
+            learning_rate=record.learning_rate,
+            action=record.decision.action,
+        )
+        metrics = {
+            "llmrl/learning_rate": record.learning_rate,
+            "llmrl/action": float(record.decision.action),
+            "train/loss": record.train_loss,
+            "validation/loss": record.validation_loss,
+        }
+        self._tracker.log({k: v for k, v in metrics.items() if math.isfinite(v)}, step=record.step)
+        row = [record.decision.step, record.decision.action_name, record.learning_rate, record.train_loss]
+        self._table.append([*row, record.validation_loss, ", ".join(record.events)])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Draws the picture and writes the summary, last."""
+        self._rows.close()
+        picture = self._output / "schedule.png"
+        draw_history(self._history).savefig(picture)
+        columns = ["step", "action", "learning_rate", "train_loss", "validation_loss", "events"]
+        self._tracker.log_table("llmrl/decisions", columns, self._table)
+        self._tracker.log_image("llmrl/schedule", picture)
+        self._tracker.set_summary(summary)
+        self._tracker.finish()
+        atomic_write_json(self._output / "summary.json", summary)

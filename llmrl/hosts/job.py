@@ -1,0 +1,179 @@
+"""Runs one fine-tuning job to its end in the house's own loop, steered by a policy or by a usual schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from llmrl_envs.errors import UserError
+from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.observation import ObservationSpec
+from llmrl_envs.interface.schedule import BASE_NAMES, BaseName, ScheduleSettings
+from llmrl_envs.interface.statistics import TrainingStatistics
+from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
+from llmrl_envs.jobs.session import Evaluation, FineTuningSession
+
+from llmrl.controller import Decision, ScheduleController
+from llmrl.hosts.accelerate import AcceleratorContext
+from llmrl.policy import SchedulePolicy
+
+
+@dataclass(frozen=True)
+class DecisionRecord:
+    """One decision and the interval that followed it.
+
+    Attributes:
+        decision: What was decided, on what.
+        step: Optimizer steps done at the interval's end.
+        learning_rate: Rate of the interval's last step.
+        train_loss: Mean over the interval, nats per target; NaN where no step was taken.
+        validation_loss: At the interval's end; NaN where it was not measured.
+        events: Guard events: rollback, fallback, skipped steps.
+    """
+
+    decision: Decision
+    step: int
+    learning_rate: float
+    train_loss: float
+    validation_loss: float
+    events: dict[str, Any]
+
+
+@dataclass
+class JobResult:
+    """What a job came to.
+
+    Attributes:
+        initial: Test subset before training.
+        final: Test subset with the deployed weights.
+        records: One per decision.
+        diverged: The final loss is not finite, or above the initial one.
+        seconds: Wall time of training and of evaluations between decisions.
+        tokens_trained: Tokens in training batches, padding not counted.
+        tokens_evaluated: Tokens in evaluations, the two on the test subset left out.
+    """
+
+    initial: Evaluation
+    final: Evaluation
+    records: list[DecisionRecord] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens_trained: int = 0
+    tokens_evaluated: int = 0
+
+    @property
+    def diverged(self) -> bool:
+        """The job ended worse than it began."""
+        return not self.final.loss <= self.initial.loss
+
+
+def named_schedule(name: str, warmup_fraction: float) -> SchedulePolicy:
+    """A usual schedule as a policy: the base shape over the given rate, held.
+
+    Raises:
+        UserError: There is no such schedule.
+    """
+    if name not in BASE_NAMES:
+        raise UserError(
+            "unknown schedule", expected=f"one of {', '.join(BASE_NAMES)}", got=repr(name), where="--schedule"
+        )
+    base: BaseName = name
+    table = action_table("factors")
+    settings = ScheduleSettings(base=base, warmup_fraction=warmup_fraction, rollbacks=0, cooldown_progress=1.0)
+    return SchedulePolicy(table, ObservationSpec(table), settings, None, {"name": name})
+
+
+def run_job(
+    job: Job,
+    policy: SchedulePolicy,
+    *,
+    learning_rate: float,
+    seed: int,
+    settings: ScheduleSettings | None = None,
+    parallel: ParallelContext | None = None,
+    guarded: bool = True,
+    validate: bool = False,
+    on_decision: Callable[[DecisionRecord], None] | None = None,
+) -> JobResult:
+    """Fine-tunes to the end of the budget.
+
+    Args:
+        job: The job, loaded.
+        policy: Decides; see `named_schedule` for the usual ones.
+        learning_rate: The rate that the job is given.
+        seed: Data order and dropout.
+        settings: Schedule settings; None takes the policy's.
+        parallel: The processes that share the job.
+        guarded: Fall back to linear decay when the job loses too much; off for the usual schedules, which run as they
+            are.
+        validate: Measure the validation loss after every interval, for the record only: no policy sees it.
+        on_decision: Called after every interval.
+    """
+    context = parallel or SingleProcess()
+    session = FineTuningSession(job, seed=seed, parallel=context)
+    result_initial = session.evaluate("test")
+    began = time.perf_counter()
+    controller = ScheduleController(
+        policy,
+        total_steps=session.total_steps,
+        given_rate=learning_rate,
+        settings=settings,
+        capabilities=session.capabilities,
+        agree=context.agree if isinstance(context, AcceleratorContext) else None,
+        guarded=guarded,
+    )
+    controller.begin(session.initial_statistics(), *session.initial_norms())
+    records: list[DecisionRecord] = []
+    tokens_evaluated = 0
+    while controller.decisions_left:
+        record, tokens = _run_decision(session, controller, validate=validate)
+        tokens_evaluated += tokens
+        records.append(record)
+        if on_decision is not None:
+            on_decision(record)
+    seconds = time.perf_counter() - began
+    final = session.evaluate("test")
+    return JobResult(result_initial, final, records, seconds, session.tokens_trained, tokens_evaluated)
+
+
+def _run_decision(
+    session: FineTuningSession, controller: ScheduleController, *, validate: bool
+) -> tuple[DecisionRecord, int]:
+    """One decision and its interval; returns the record and the tokens that evaluation took."""
+    decision = controller.decide()
+    if decision.rollback:
+        session.roll_back()
+    statistics = session.run_interval(controller.interval, controller.schedule)
+    rate = controller.learning_rate(session.step - 1)
+    update = controller.observe(statistics)
+    if update.at_best[0]:
+        session.mark_best()
+        controller.schedule.has_snapshot[:] = True
+    validation = session.evaluate("validation") if validate else None
+    events: dict[str, Any] = {}
+    if decision.rollback:
+        events["rollback"] = True
+    if update.fell_back[0]:
+        events["fallback"] = True
+    if skipped := int(statistics.skipped.sum()):
+        events["skipped_steps"] = skipped
+    record = DecisionRecord(
+        decision=decision,
+        step=session.step,
+        learning_rate=rate,
+        train_loss=mean_loss(statistics),
+        validation_loss=validation.loss if validation else math.nan,
+        events=events,
+    )
+    return record, validation.num_tokens if validation else 0
+
+
+def mean_loss(statistics: TrainingStatistics) -> float:
+    """Mean of an interval's finite train losses, nats per target; NaN where there is none."""
+    losses = statistics.loss[0]
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean()) if len(finite) else math.nan

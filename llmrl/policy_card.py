@@ -1,0 +1,64 @@
+"""The card that travels with a policy: what it sees, does, was trained on, and where it has not been tried."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llmrl_envs.interface.action import ActionTable
+from llmrl_envs.interface.observation import ObservationSpec
+from llmrl_envs.interface.schedule import ScheduleSettings
+
+from llmrl.dqn.networks import QNetwork
+
+
+def policy_card(
+    table: ActionTable,
+    spec: ObservationSpec,
+    settings: ScheduleSettings,
+    network: QNetwork | None,
+    provenance: dict[str, Any],
+) -> str:
+    """Markdown with a YAML header; written by the code, from facts alone."""
+    training = dict(provenance)
+    results = training.pop("results", None)
+    lines = [
+        "---",
+        "library_name: llmrl",
+        "tags: [learning-rate-schedule, fine-tuning, reinforcement-learning, dqn]",
+        "---",
+        "",
+        f"# {provenance.get('name', 'hold')}: a learning-rate schedule policy",
+        "",
+        "Chooses the learning rate and update choices of a fine-tuning job from its training statistics.",
+        "",
+        f"- actions ({table.name}, {table.hash}): {', '.join(table.names)}",
+        f"- levels ({table.unit.value}): {', '.join(f'{level:.3g}' for level in table.levels)}",
+        f"- observation ({spec.hash}): {spec.size} entries, the last {spec.stack} decisions",
+        f"- schedule: {settings.base} base, warm-up {settings.warmup_fraction:g} of the budget, "
+        f"start at the {settings.start} level, {settings.rollbacks} rollbacks",
+        f"- network: {'none, it holds the default level' if network is None else _describe(network)}",
+        "",
+        "## Use",
+        "",
+        "    llmrl finetune --config FILE --policy FOLDER --output DIR",
+        "",
+    ]
+    if training:
+        lines += ["## Training", "", "```json", json.dumps(training, indent=2, sort_keys=True), "```", ""]
+    if results:
+        lines += ["## Results", "", "```json", json.dumps(results, indent=2, sort_keys=True), "```", ""]
+    lines += [
+        "## Limits",
+        "",
+        "It knows the tasks listed under training. On other models, data, budgets or optimizers compare it with `hold`",
+        "and with a linear decay before trusting it (`llmrl compare`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _describe(network: QNetwork) -> str:
+    config = network.config
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return f"{config.torso} {list(config.hidden_sizes)}, {config.head} head, {count:,} parameters"
