@@ -134,7 +134,7 @@ class DQNAgent:
     def q_values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
         """Action values [E, A] of the network as it stands, by which greedy actions are chosen."""
         if obs.shape[1:] != self.obs_shape:
-            raise ValueError(f"obs: expected shape [E, *{self.obs_shape}], got {obs.shape}")
+            raise ValueError(f"obs: expected shape [E, {', '.join(map(str, self.obs_shape))}], got {obs.shape}")
         network = self.learner.online
         with torch.inference_mode():
             inputs = torch.from_numpy(np.ascontiguousarray(obs)).to(self.learner.device)
