@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
@@ -35,7 +36,8 @@ def doctor(config: Settings | None) -> None:
     Raises:
         UserError: The configured job cannot be run, for the reason that it gives.
     """
-    state = accelerate.PartialState()
+    # Not PartialState(), which overlooks ACCELERATE_USE_CPU and then counts one process.
+    state = accelerate.Accelerator().state
     console = Console(quiet=not state.is_main_process)
     _print(console, "Versions", versions())
     _print(console, "Machine", machine())
@@ -70,7 +72,7 @@ def machine() -> dict[str, str]:
     return {**found, "device": "cuda", "precision": "bf16 (auto), fp16, fp32" if bf16 else "fp32 (auto), fp16"}
 
 
-def processes(state: accelerate.PartialState) -> dict[str, str]:
+def processes(state: Any) -> dict[str, str]:
     """How many processes share the work, and whether that is what the launcher was asked for."""
     found = {
         "started": str(state.num_processes),

@@ -56,7 +56,7 @@ def test_the_machine_tells_the_device_that_auto_takes() -> None:
 
 
 def test_fewer_processes_than_asked_for_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = accelerate.PartialState(cpu=True)
+    state = accelerate.Accelerator(cpu=True).state
     monkeypatch.setattr("llmrl.doctor._asked_processes", lambda: 2)
     found = processes(state)
     assert (found["started"], found["asked for"]) == ("1", "2")
