@@ -197,7 +197,7 @@ def _label(value: object, place: Place, column: str) -> int | str:
     if isinstance(value, str) and value.strip():
         text = value.strip()
         return int(text) if text.removeprefix("-").isdecimal() else text
-    if isinstance(value, int | float) and int(value) == value:
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     got = "nothing" if value is None or value is _MISSING else shorten(repr(value))
     raise UserError(
