@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
+from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.reward import RewardSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
@@ -107,6 +108,11 @@ class EnvConfig(Settings):
     level_norm: Literal["effective", "adapters"] = "effective"
     device: Device = "auto"
     kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("actions")
+    @classmethod
+    def _check_actions(cls, value: str) -> str:
+        return action_table(value).name
 
     @model_validator(mode="after")
     def _check_what_the_environment_reads(self) -> EnvConfig:

@@ -169,6 +169,7 @@ def test_a_union_is_one_mistake(tmp_path: Path) -> None:
         ("env.tasks.learning_rate_log10_range=[1, -1]", "the low end first"),
         ("env.kwargs={x: 1}", "other environments"),
         ("env.id=CartPole-v1", "env.tasks belongs to llmrl/FineTuning-v0"),
+        ("env.actions=move", "one of moves, moves_only"),
         ("agent.seed=3", "the run's `seed`"),
         ("agent.preset=nature2", "'nature'"),
         ("agent.name=dqnn", "did you mean 'dqn'?"),
