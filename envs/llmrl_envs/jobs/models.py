@@ -69,16 +69,18 @@ def load_model(
     if task.objective == "classification" and num_labels is None:
         raise ValueError("num_labels: expected the number of classes of a classification task, got None")
     source = find_model(task.model)
-    tokenizer = tokenizer or load_tokenizer(task.model)
     config = _load_config(source)
     _check_kind(config, task)
     _check_length(config, task)
+    tokenizer = tokenizer or load_tokenizer(task.model)
     if task.objective == "classification":
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
-        # A decoder's classifier reads the last token that is no padding.
-        config.pad_token_id = tokenizer.pad_token_id
     model = _load_weights(source, config, task)
     _check_vocabulary(model, tokenizer, task)
+    if task.objective == "classification":
+        # A decoder's classifier reads the last token that is no padding. Set on the finished model, because some models
+        # number their positions from the pad token that they were built with.
+        model.config.pad_token_id = tokenizer.pad_token_id
     use_cache = getattr(model.config, "use_cache", None)
     if use_cache:
         model.config.use_cache = False
