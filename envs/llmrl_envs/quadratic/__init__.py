@@ -1,0 +1,1 @@
+"""Jobs on noisy quadratics: closed-form training, the jobs' distribution, episodes, and the best schedule."""

@@ -1,0 +1,263 @@
+"""E noisy-quadratic jobs in training: second moments moved exactly, mini-batch measurements drawn around them.
+
+What a job is (its expected loss) follows the closed form and has no randomness. What a job shows is drawn from the
+closed-form moments of a mini-batch, so that a policy sees the noise of real training and is paid without it:
+
+- loss: the expected loss times log-normal noise of mean 1 and standard deviation `loss_noise`;
+- gradient norm: ||g||^2 is log-normal with the mean sum_i h_i^2 A_i + noise h_i and the variance
+  sum_i 2 (noise h_i)^2 + 4 h_i^2 A_i noise h_i that it has around typical parameters, |x_i| = sqrt(A_i);
+- cosine to the momentum (plain SGD: to the gradient before): E[g_t g_{t-1}] over the root mean squares, which is
+  negative where the rate is too high: E[g_t g_{t-1}] = sum_i h_i^2 (1 - u_i) A_i - eta h_i noise h_i;
+- signal to noise: ||E g|| / sqrt(E ||g||^2).
+
+There is no validation loss, no clipping, and no step that is skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrl_envs.interface.statistics import Floats, Integers, TrainingStatistics, TuningMode, empty_statistics
+from llmrl_envs.quadratic.model import NoisyQuadratics, fold_sum
+
+_HIGHEST_LOSS = 1e12
+"""What an expected loss beyond every number is shown as."""
+_LANES_AT_ONCE = 256
+"""Jobs whose arrays fit into a processor's cache together."""
+
+
+class QuadraticJobs:
+    """State of E jobs.
+
+    Args:
+        num_jobs: E.
+        dimension: D.
+        longest: Largest budget, in optimizer steps, that a job may have.
+    """
+
+    def __init__(self, num_jobs: int, dimension: int, longest: int) -> None:
+        self.num_jobs = num_jobs
+        self.step: Integers = np.zeros(num_jobs, np.int64)
+        self.quadratics = _no_quadratics(num_jobs, dimension)
+        # Normalised second moments b, and columns that every step of a job needs; dimensions first.
+        self._moments: Floats = np.zeros((dimension, num_jobs))
+        self._best: Floats = np.zeros((dimension, num_jobs))
+        self._curvature: Floats = np.ones((dimension, num_jobs))
+        self._trace: Floats = np.ones(num_jobs)
+        self._trace_square: Floats = np.ones(num_jobs)
+        # Standard normals for the loss and the gradient norm of every step; single precision is ample for noise.
+        self._loss_draws: NDArray[np.float32] = np.zeros((num_jobs, longest), np.float32)
+        self._norm_draws: NDArray[np.float32] = np.zeros((num_jobs, longest), np.float32)
+
+    def start(self, lanes: Integers, quadratics: NoisyQuadratics) -> None:
+        """Starts `quadratics`, one for each of `lanes`.
+
+        Raises:
+            ValueError: Another dimension, or a budget beyond `longest`.
+        """
+        longest = self._loss_draws.shape[1]
+        if quadratics.curvature.shape != (len(lanes), len(self._moments)) or quadratics.total_steps.max() > longest:
+            raise ValueError(
+                f"quadratics: expected curvature of shape {(len(lanes), len(self._moments))} and at most {longest} "
+                f"steps, got {quadratics.curvature.shape} and {quadratics.total_steps.max()}"
+            )
+        for field in fields(quadratics):
+            getattr(self.quadratics, field.name)[lanes] = getattr(quadratics, field.name)
+        self.step[lanes] = 0
+        self._curvature[:, lanes] = quadratics.curvature.T
+        self._trace[lanes] = fold_sum(quadratics.curvature.T.copy())
+        self._trace_square[lanes] = fold_sum(quadratics.curvature.T**2)
+        self._moments[:, lanes] = self._best[:, lanes] = quadratics.normalised_initial()
+        self._draw_measurements(lanes)
+
+    def _draw_measurements(self, lanes: Integers) -> None:
+        for lane in lanes:
+            count = int(self.quadratics.total_steps[lane])
+            generator = np.random.Generator(np.random.PCG64(int(self.quadratics.seed[lane])))
+            self._loss_draws[lane, :count] = generator.standard_normal(count, np.float32)
+            self._norm_draws[lane, :count] = generator.standard_normal(count, np.float32)
+
+    def expected_loss(self) -> Floats:
+        """Expected loss now, float64[E]; infinite beyond every number."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            loss = self.quadratics.floor + 0.5 * self.quadratics.noise * fold_sum(self._moments.copy())
+        return np.asarray(np.nan_to_num(loss, nan=np.inf, posinf=np.inf))
+
+    def mark_best(self, lanes: NDArray[np.bool_]) -> None:
+        """Remembers the present parameters of `lanes`, bool[E]."""
+        self._best[:, lanes] = self._moments[:, lanes]
+
+    def roll_back(self, lanes: NDArray[np.bool_]) -> None:
+        """Returns `lanes`, bool[E], to the parameters that were remembered last."""
+        self._moments[:, lanes] = self._best[:, lanes]
+
+    # -- measurements before the first step -----------------------------------------------------------------------
+
+    def initial_statistics(self, lanes: Integers) -> TrainingStatistics:
+        """Statistics of `lanes` before the first step: nothing but the budget is known."""
+        modes = np.full(len(lanes), TuningMode.FULL, np.int64)
+        return empty_statistics(self.quadratics.total_steps[lanes], modes, np.ones(len(lanes)))
+
+    def norms(self, lanes: Integers) -> tuple[Floats, Floats]:
+        """Root mean square of the gradient norm, and the weight norm, of `lanes`."""
+        signal = fold_sum(self._curvature[:, lanes] * self._moments[:, lanes])
+        root_mean_square = np.sqrt(self.quadratics.noise[lanes] * (signal + self._trace[lanes]))
+        return np.asarray(root_mean_square), self.quadratics.weight_norm[lanes]
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def run_interval(
+        self,
+        num_steps: Integers,  # [E]
+        learning_rates: Floats,  # [N, E]
+    ) -> TrainingStatistics:
+        """Trains every job for its number of steps and returns what its mini-batches showed."""
+        shape = (self.num_jobs, len(learning_rates))
+        shown = _Measured(np.full(shape, np.nan), np.full(shape, np.nan), *(np.zeros(self.num_jobs) for _ in range(4)))
+        # Jobs with intervals of like length together: a group takes as many steps as its longest.
+        order = np.argsort(num_steps, kind="stable")
+        with np.errstate(over="ignore", invalid="ignore"):
+            for begin in range(0, self.num_jobs, _LANES_AT_ONCE):
+                lanes = order[begin : begin + _LANES_AT_ONCE]
+                places = np.arange(int(num_steps[lanes[-1]]))[:, None]
+                taken = places < num_steps[lanes]
+                rates = np.where(taken, learning_rates[: len(places), lanes], 0.0)
+                sums = self._train(lanes, rates)
+                self._measure(shown, lanes, num_steps[lanes], rates, sums)
+        self.step += num_steps
+        return self._statistics(shown, num_steps)
+
+    def _train(self, lanes: Integers, rates: Floats) -> Floats:  # [N, L] -> [3, N + 1, L]
+        """Moves the moments of `lanes`; returns sum_i b_i, sum_i h_i b_i, sum_i h_i^2 b_i before each step and after.
+
+        A rate of zero leaves a job exactly as it is, which is how one with fewer steps waits for the others.
+        """
+        curvature, moments = self._curvature.take(lanes, axis=1), self._moments.take(lanes, axis=1)
+        sums = np.empty((3, len(rates) + 1, len(lanes)))
+        scratch = np.empty((3, *moments.shape))
+        shrink, kept = scratch[0], scratch[1]
+        _moment_sums(moments, curvature, scratch, sums[:, 0])
+        for step, rate in enumerate(rates):
+            np.multiply(curvature, rate, out=shrink)
+            np.subtract(1.0, shrink, out=kept)
+            kept *= kept
+            shrink *= shrink
+            moments *= kept
+            moments += shrink
+            _moment_sums(moments, curvature, scratch, sums[:, step + 1])
+        self._moments[:, lanes] = moments
+        return sums
+
+    def _measure(
+        self,
+        shown: _Measured,
+        lanes: Integers,  # [L]
+        num_steps: Integers,  # [L]
+        rates: Floats,  # [N, L]
+        sums: Floats,  # [3, N + 1, L]
+    ) -> None:
+        """Notes what the mini-batches of `lanes` show."""
+        count, columns = len(rates), np.arange(len(lanes))
+        places = np.arange(count)[:, None]
+        taken = places < num_steps
+        index = lanes * self._loss_draws.shape[1] + self.step[lanes] + places
+        losses = self._losses(lanes, sums[0, :-1], self._loss_draws.take(index, mode="clip"))
+        norms = self._gradient_norms(lanes, sums[1, :-1], sums[2, :-1], self._norm_draws.take(index, mode="clip"))
+        shown.loss[lanes, :count] = np.where(taken, losses, np.nan).T
+        shown.gradient_norm[lanes, :count] = np.where(taken, norms, np.nan).T
+        shown.update_norm[lanes] = norms[num_steps - 1, columns]
+        shown.step_size[lanes] = (rates * norms).sum(axis=0) / num_steps / self.quadratics.weight_norm[lanes]
+        _, before, square = sums[:, num_steps - 1, columns]
+        after, trace = sums[1, num_steps, columns], self._trace[lanes]
+        product = before - rates[num_steps - 1, columns] * (square + self._trace_square[lanes])
+        cosine = product / np.sqrt((before + trace) * (after + trace))
+        # Where numbers overflow the steps were far too large, and the gradient all signal.
+        shown.momentum_cosine[lanes] = np.clip(np.nan_to_num(cosine, nan=-1.0), -1.0, 1.0)
+        shown.signal_to_noise[lanes] = np.sqrt(np.nan_to_num(before / (before + trace), nan=1.0))
+
+    def _losses(self, lanes: Integers, moment_sum: Floats, drawn: NDArray[np.float32]) -> Floats:  # [N, L]
+        """Mini-batch losses; `moment_sum` is sum_i b_i."""
+        expected = self.quadratics.floor[lanes] + 0.5 * self.quadratics.noise[lanes] * moment_sum
+        spread = np.sqrt(np.log1p(self.quadratics.loss_noise[lanes] ** 2))
+        return np.asarray(np.fmin(expected, _HIGHEST_LOSS) * np.exp(spread * (drawn - 0.5 * spread)))
+
+    def _gradient_norms(  # [N, L]
+        self, lanes: Integers, signal: Floats, signal_square: Floats, drawn: NDArray[np.float32]
+    ) -> Floats:
+        """Gradient norms; `signal` is sum_i h_i b_i, `signal_square` sum_i h_i^2 b_i."""
+        mean = signal + self._trace[lanes]
+        variance = 2.0 * self._trace_square[lanes] + 4.0 * signal_square
+        spread_square = np.log1p(np.nan_to_num(variance / mean**2, posinf=0.0))
+        square = np.fmin(self.quadratics.noise[lanes] * mean, _HIGHEST_LOSS**2)
+        # The norm is the root of a log-normal variable: half the exponent.
+        return np.asarray(np.sqrt(square) * np.exp(0.5 * np.sqrt(spread_square) * drawn - 0.25 * spread_square))
+
+    def _statistics(self, shown: _Measured, num_steps: Integers) -> TrainingStatistics:
+        return TrainingStatistics(
+            step=self.step.copy(),
+            total_steps=self.quadratics.total_steps.copy(),
+            num_steps=num_steps.copy(),
+            loss=shown.loss,
+            gradient_norm=shown.gradient_norm,
+            clipped=np.zeros(shown.loss.shape, np.bool_),
+            skipped=np.zeros(shown.loss.shape, np.bool_),
+            update_norm=shown.update_norm,
+            weight_norm=self.quadratics.weight_norm.copy(),
+            step_size=shown.step_size,
+            momentum_cosine=shown.momentum_cosine,
+            signal_to_noise=shown.signal_to_noise,
+            validation_loss=np.full(self.num_jobs, np.nan),
+            mode=np.full(self.num_jobs, TuningMode.FULL, np.int64),
+            trainable_fraction=np.ones(self.num_jobs),
+        )
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that changes, as arrays of leading dimension E; measurements are drawn again from the seed."""
+        own = {"step": self.step.copy(), "moments": self._moments.T.copy(), "best": self._best.T.copy()}
+        jobs = {field.name: getattr(self.quadratics, field.name).copy() for field in fields(self.quadratics)}
+        return {**own, **jobs}
+
+    def load_state_dict(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Restores what `state_dict` gave."""
+        jobs = {field.name: np.array(state[field.name]) for field in fields(NoisyQuadratics)}
+        self.start(np.arange(self.num_jobs), NoisyQuadratics(**jobs))
+        self.step = np.array(state["step"], np.int64)
+        self._moments = np.ascontiguousarray(np.array(state["moments"], np.float64).T)
+        self._best = np.ascontiguousarray(np.array(state["best"], np.float64).T)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What an interval's mini-batches show; the fields are those of `TrainingStatistics`."""
+
+    loss: Floats
+    gradient_norm: Floats
+    update_norm: Floats
+    step_size: Floats
+    momentum_cosine: Floats
+    signal_to_noise: Floats
+
+
+def _moment_sums(moments: Floats, curvature: Floats, scratch: Floats, sums: Floats) -> None:
+    """Writes sum_i b_i, sum_i h_i b_i, sum_i h_i^2 b_i to `sums`, float64[3, L]; overwrites `scratch`, [3, D, L]."""
+    np.copyto(scratch[0], moments)
+    np.multiply(curvature, moments, out=scratch[1])
+    np.multiply(curvature, scratch[1], out=scratch[2])
+    np.copyto(sums, fold_sum(scratch))
+
+
+def _no_quadratics(num_jobs: int, dimension: int) -> NoisyQuadratics:
+    """Place for E jobs."""
+    names = ("noise", "floor", "reference_rate", "reference_loss", "given_rate", "weight_norm", "loss_noise")
+    return NoisyQuadratics(
+        curvature=np.ones((num_jobs, dimension)),
+        initial=np.ones((num_jobs, dimension)),
+        total_steps=np.ones(num_jobs, np.int64),
+        seed=np.zeros(num_jobs, np.int64),
+        **{name: np.ones(num_jobs) for name in names},
+    )
