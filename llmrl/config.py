@@ -86,7 +86,7 @@ class EnvConfig(Settings):
     Attributes:
         id: A Gymnasium id. Ids of this package and of `gymnasium` itself need no import; others may be written
             `module:id`.
-        population: Environments that are stepped together; `auto` takes as many as the device holds.
+        population: Environments that are stepped together.
         tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere.
         actions: Name of the action table: moves, moves_only, levels, factors.
         observation: What the policy sees.
@@ -99,7 +99,7 @@ class EnvConfig(Settings):
     """
 
     id: str = Field(default=FINE_TUNING_ID, min_length=1)
-    population: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    population: int = Field(default=1, ge=1)
     tasks: TaskDistribution | None = None
     actions: str = Field(default="moves", min_length=1)
     observation: ObservationConfig = ObservationConfig()

@@ -160,7 +160,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if self._library is None:
             self._library = JobLibrary(self._device)
         if self._references is None:
-            self._references = ReferenceCurves()
+            self._references = ReferenceCurves(self._library.curves)
         job = self._library.job(sampled.task)
         self.sampled = sampled
         self._intervals = decision_intervals(sampled.task.steps)

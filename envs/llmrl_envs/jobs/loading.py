@@ -15,15 +15,14 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.statistics import TuningMode
 from llmrl_envs.jobs.data import TaskData, load_task_data
 from llmrl_envs.jobs.models import LoadedModel, load_model, load_tokenizer
+from llmrl_envs.jobs.splits import fixed_subset
 from llmrl_envs.jobs.task import FineTuningTask
 
 _Value = TypeVar("_Value")
 
 # What decides which weights are loaded and which examples are cut; budget, rate and batch size do not.
 _MODEL_KEYS = ("model", "objective", "mode", "lora", "max_length")
-_DATA_KEYS = (
-    "model", "objective", "data", "max_length", "num_labels", "batch_size", "validation_examples", "test_examples",
-)  # fmt: skip
+_DATA_KEYS = ("model", "objective", "data", "max_length", "num_labels", "batch_size")
 
 
 @dataclass
@@ -60,10 +59,13 @@ class Job:
     def subset(self, split: str) -> tuple[NDArray[np.int64], ...]:
         """Index arrays of the evaluation batches of the fixed subset of "validation" or "test".
 
-        Examples of similar length share a batch.
+        The subset is the same for every seed; examples of similar length share a batch.
         """
         if split not in self._subsets:
-            order = np.argsort(getattr(self.data, split).num_tokens, kind="stable")
+            lengths = getattr(self.data, split).num_tokens
+            most = {"validation": self.task.validation_examples, "test": self.task.test_examples}[split]
+            chosen = fixed_subset(len(lengths), most)
+            order = chosen[np.argsort(lengths[chosen], kind="stable")]
             size = self.task.evaluation_batch_size
             self._subsets[split] = tuple(order[start : start + size] for start in range(0, len(order), size))
         return self._subsets[split]
@@ -80,6 +82,7 @@ class JobLibrary:
         self.device = resolve_device(device)
         self._models: dict[str, tuple[LoadedModel, dict[str, Tensor]]] = {}
         self._data: dict[str, TaskData] = {}
+        self.curves: dict[str, tuple[float, ...]] = {}
 
     def job(self, task: FineTuningTask) -> Job:
         """The task's job; its model is shared with every job of the same model and mode.

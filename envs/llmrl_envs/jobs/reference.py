@@ -28,10 +28,14 @@ def given_rate_schedule(base: str, total_steps: int, learning_rate: float, warmu
 
 
 class ReferenceCurves:
-    """Validation log-loss of reference runs at every decision; one run per task and seed, kept."""
+    """Validation log-loss of reference runs at every decision; one run per task and seed, kept.
 
-    def __init__(self) -> None:
-        self._curves: dict[str, tuple[float, ...]] = {}
+    Args:
+        curves: Curves that are known already; new ones are added.
+    """
+
+    def __init__(self, curves: dict[str, tuple[float, ...]]) -> None:
+        self._curves = curves
 
     def curve(self, job: Job, seed: int) -> tuple[float, ...]:
         """Log-loss before the first and after every decision interval, one value more than there are intervals.

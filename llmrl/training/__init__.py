@@ -1,0 +1,1 @@
+"""`llmrl train`: collects experience, learns, evaluates, checkpoints, resumes."""

@@ -1,0 +1,98 @@
+"""Checkpoints that survive being killed while they are written.
+
+A checkpoint is a folder with a manifest of its files' sizes and digests, written last. It is made under a temporary
+name and renamed, so a torn one is never taken for a good one; the newest that agrees with its manifest is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmrl.run_directory import atomic_write_json
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(
+    directory: Path, number: int, state: dict[str, Any], write_files: Callable[[Path], None], *, keep: int = 2
+) -> Path:
+    """Writes checkpoint `number` and removes all but the newest `keep`.
+
+    Args:
+        directory: Where checkpoints live.
+        number: Grows with every checkpoint of a run.
+        state: JSON-ready state of the run.
+        write_files: Writes everything else into the folder that it is given.
+        keep: Checkpoints to keep.
+
+    Raises:
+        OSError: The disk is full or not writable; earlier checkpoints are untouched.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"{number:09d}"
+    part = directory / f".{final.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        write_files(part)
+        atomic_write_json(part / STATE, state)
+        files = {str(path.relative_to(part)): _fingerprint(path) for path in sorted(part.rglob("*")) if path.is_file()}
+        atomic_write_json(part / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync_directory(directory)
+    for old in _numbered(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; None when there is none."""
+    for path in reversed(_numbered(directory)):
+        if is_whole(path):
+            state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+            return path, state
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file of a checkpoint is as its manifest says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format_version"] != FORMAT_VERSION:
+            return False
+        return all(_fingerprint(path / name) == expected for name, expected in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _numbered(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

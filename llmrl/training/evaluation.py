@@ -1,0 +1,62 @@
+"""Greedy episodes on a fixed set of jobs, away from the training's random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrl.dqn.lanes import episode_seed
+
+EVALUATION_STREAM = 1_000_003
+"""Added to the run's seed, so that no evaluation job is a training job."""
+
+Act = Callable[[NDArray[Any], NDArray[np.bool_]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means over the evaluation episodes.
+
+    Attributes:
+        episode_return: Undiscounted.
+        score: The environment's `info["score"]` at the end (for fine-tuning: improvement over that of the linear decay
+            from the default rate); the return where the environment gives none.
+        diverged: Share of episodes that ended with `info["diverged"]`.
+    """
+
+    episode_return: float
+    score: float
+    diverged: float
+
+
+def evaluate(env: gymnasium.Env[Any, Any], act: Act, *, seed: int, num_episodes: int) -> EvaluationResult:
+    """Runs the same episodes for every call with the same seed.
+
+    Args:
+        env: A single environment; its episodes are reset with seeds of their own.
+        act: Actions int64[1] for observations [1, ...] and masks bool[1, A].
+        seed: The run's seed.
+        num_episodes: Episodes.
+    """
+    rows = [_episode(env, act, episode_seed(seed + EVALUATION_STREAM, index)) for index in range(num_episodes)]
+    means = np.array(rows).mean(axis=0)
+    return EvaluationResult(*(float(value) for value in means))
+
+
+def _episode(env: gymnasium.Env[Any, Any], act: Act, seed: int) -> tuple[float, float, float]:
+    obs, info = env.reset(seed=seed)
+    total, over = 0.0, False
+    while not over:
+        mask = info.get("action_mask")
+        num_actions = int(env.action_space.n)  # type: ignore[attr-defined]
+        available = np.ones(num_actions, np.bool_) if mask is None else np.asarray(mask, np.bool_)
+        action = act(np.asarray(obs)[None], available[None])
+        obs, reward, terminated, truncated, info = env.step(int(action[0]))
+        total += float(reward)
+        over = bool(terminated or truncated)
+    return total, float(info.get("score", total)), float(info.get("diverged", False))

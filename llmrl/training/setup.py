@@ -1,0 +1,124 @@
+"""From a configuration to an environment and an agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+from llmrl_envs.errors import UserError
+from llmrl_envs.fine_tuning import FineTuningEnv
+from llmrl_envs.interface.action import ActionTable
+from llmrl_envs.interface.observation import ObservationSpec
+from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.jobs.loading import JobLibrary
+
+from llmrl.config import FINE_TUNING_ID, NOISY_QUADRATIC_ID, EnvConfig, TrainConfig
+from llmrl.dqn.agent import Agent, DQNAgent
+from llmrl.dqn.reinforce import ReinforceAgent
+from llmrl.dqn.tabular import TabularAgent
+
+Environment = gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any]
+
+
+def make_environment(config: EnvConfig, library: JobLibrary | None = None) -> Environment:
+    """The environment that the configuration names: single, or a vector environment for a population.
+
+    Args:
+        config: The section `env`.
+        library: Loaded models to share with other environments that never run at the same time.
+
+    Raises:
+        UserError: Gymnasium knows no such environment, or it refuses its arguments.
+    """
+    if config.population == 1:
+        return make_single_environment(config, library)
+    if config.id == FINE_TUNING_ID:
+        return gymnasium.vector.SyncVectorEnv(
+            [lambda: make_fine_tuning(config, None)] * config.population,
+            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+        )
+    with _named_failures(config):
+        return gymnasium.make_vec(_qualified(config.id), num_envs=config.population, **_arguments(config))
+
+
+def make_single_environment(config: EnvConfig, library: JobLibrary | None = None) -> gymnasium.Env[Any, Any]:
+    """One environment of the kind that the configuration names, whatever its population."""
+    if config.id == FINE_TUNING_ID:
+        return make_fine_tuning(config, library)
+    with _named_failures(config):
+        return gymnasium.make(_qualified(config.id), **_arguments(config))
+
+
+def _arguments(config: EnvConfig) -> dict[str, Any]:
+    return schedule_arguments(config) if config.id == NOISY_QUADRATIC_ID else dict(config.kwargs)
+
+
+def _qualified(environment_id: str) -> str:
+    return f"llmrl_envs:{environment_id}" if environment_id.startswith("llmrl/") else environment_id
+
+
+@contextmanager
+def _named_failures(config: EnvConfig) -> Iterator[None]:
+    try:
+        yield
+    except (gymnasium.error.Error, TypeError, ModuleNotFoundError) as error:
+        raise UserError("the environment cannot be made", got=f"{config.id}: {error}", where="env.id") from error
+
+
+def schedule_arguments(config: EnvConfig) -> dict[str, Any]:
+    """Arguments that the fine-tuning and the noisy-quadratic environment share."""
+    return {
+        "actions": config.actions,
+        "observation": config.observation.model_dump(),
+        "reward": dict(vars(config.reward)),
+        "schedule": dict(vars(config.schedule)),
+        **config.kwargs,
+    }
+
+
+def make_fine_tuning(config: EnvConfig, library: JobLibrary | None) -> FineTuningEnv:
+    """The fine-tuning environment of a configuration."""
+    return FineTuningEnv(config.tasks, device=config.device, library=library, **schedule_arguments(config))
+
+
+def make_agent(config: TrainConfig, env: Environment) -> Agent:
+    """The agent of a configuration, for an environment."""
+    space = env.single_observation_space if isinstance(env, VectorEnv) else env.observation_space
+    actions = env.single_action_space if isinstance(env, VectorEnv) else env.action_space
+    if not isinstance(space, gymnasium.spaces.Box) or not isinstance(actions, gymnasium.spaces.Discrete):
+        raise UserError(
+            "the agents need a Box observation and a Discrete action space",
+            got=f"{space} and {actions}",
+            where="env.id",
+        )
+    shapes: dict[str, Any] = {
+        "num_envs": env.num_envs if isinstance(env, VectorEnv) else 1,
+        "obs_shape": space.shape,
+        "num_actions": int(actions.n),
+    }
+    settings = config.agent.dqn(config.seed)
+    if config.agent.name == "tabular":
+        return TabularAgent(settings, **shapes)
+    if config.agent.name == "reinforce":
+        return ReinforceAgent(settings, **shapes)
+    dtype = np.uint8 if space.dtype == np.uint8 else np.float32
+    language = schedule_language(env)
+    metadata = {"actions": language[0].hash, "observation": language[1].hash} if language else None
+    return DQNAgent(settings, **shapes, obs_dtype=dtype, metadata=metadata)
+
+
+def schedule_language(env: Environment) -> tuple[ActionTable, ObservationSpec, ScheduleSettings] | None:
+    """Action table, observation and schedule of an environment whose policies steer jobs; None for any other."""
+    inner: Any = env
+    if isinstance(env, gymnasium.vector.SyncVectorEnv):
+        inner = env.envs[0]
+    inner = inner.unwrapped
+    table, spec = getattr(inner, "table", None), getattr(inner, "observation_spec", None)
+    if not isinstance(table, ActionTable) or not isinstance(spec, ObservationSpec):
+        return None
+    settings = getattr(inner, "schedule_settings", ScheduleSettings())
+    return table, spec, settings
