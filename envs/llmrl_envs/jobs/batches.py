@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class TokenizedSplit:
 
 def _flatten(sequences: Sequence[Sequence[int]]) -> NDArray[np.int32]:
     total = sum(map(len, sequences))
-    return np.fromiter((token for tokens in sequences for token in tokens), dtype=np.int32, count=total)
+    return np.fromiter(chain.from_iterable(sequences), dtype=np.int32, count=total)
 
 
 def _pad(flat: NDArray[np.int32], spans: list[tuple[int, int]], shape: tuple[int, int], fill: int) -> NDArray[np.int64]:

@@ -244,7 +244,10 @@ def _add_adapters(model: Any, lora: LoraSettings, *, is_classifier: bool) -> nn.
     from peft import LoraConfig, TaskType, get_peft_model
 
     heads = _head_names(model) if is_classifier else []
-    targets = lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules)
+    targets: str | list[str] = "all-linear" if lora.target_modules == "all-linear" else list(lora.target_modules)
+    if is_classifier and targets == "all-linear":
+        # Named one by one, because older peft would also adapt the head, which is trained in full.
+        targets = [name for name in _linear_names(model) if name.partition(".")[0] == model.base_model_prefix]
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
         r=lora.rank,
@@ -258,7 +261,7 @@ def _add_adapters(model: Any, lora: LoraSettings, *, is_classifier: bool) -> nn.
         with quiet_transformers(), fixed_initialisation():
             adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        linear = sorted({name.rpartition(".")[2] for name in _linear_names(model)})
         raise UserError(
             "LoRA target modules are not in the model",
             where="lora.target_modules",
@@ -268,8 +271,8 @@ def _add_adapters(model: Any, lora: LoraSettings, *, is_classifier: bool) -> nn.
     return adapted
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _head_names(model: Any) -> list[str]:
