@@ -1,0 +1,175 @@
+"""`llmrl compare`: plans the runs, trains those that are missing, scores them, and reports.
+
+OUTPUT/config.yaml     the configuration with every default filled in
+       methods.json    digest of what each method does
+       runs/           one file a finished run; a comparison that was stopped goes on from them
+       results.json    rows, aggregates, oracle, compute
+       results.csv     the rows
+       comparison.png  scores and losses
+       wandb/          files of Weights & Biases
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from llmrl_envs.errors import UserError
+from llmrl_envs.jobs.loading import resolve_device
+from rich.console import Console
+
+from llmrl.compare.cache import RunResult, RunStore
+from llmrl.compare.execution import Setting, execute
+from llmrl.compare.methods import Method, resolve_methods, sweep_method
+from llmrl.compare.plan import Plan, Run, make_plan
+from llmrl.compare.plot import draw_comparison
+from llmrl.compare.report import print_report, table_cells, write_csv
+from llmrl.compare.results import make_results
+from llmrl.config import CompareConfig
+from llmrl.config_loading import config_to_dict, config_to_yaml
+from llmrl.run_directory import atomic_write_json, atomic_write_text, create_run_directory, to_json_value
+from llmrl.tracking import Tracker, make_tracker
+
+CONFIG_FILE, METHODS_FILE, RUNS_FOLDER = "config.yaml", "methods.json", "runs"
+RESULTS_FILE, CSV_FILE, PICTURE_FILE = "results.json", "results.csv", "comparison.png"
+
+FREE_TO_CHANGE = frozenset({"tracking", "workers"})
+"""Keys that change nothing in the results, so that a comparison may go on with others."""
+
+
+def compare(*, config: CompareConfig, output: Path, policy: str) -> dict[str, Any]:
+    """Runs the comparison and returns what `results.json` holds.
+
+    Args:
+        config: Tasks, methods, starting rates, seeds.
+        output: Run directory: new, empty, or that of the same comparison, which then goes on.
+        policy: Folder, Hub id, "default" or "hold".
+
+    Raises:
+        UserError: Bad input; nothing has been trained then.
+    """
+    methods, sweep = resolve_methods(config, policy), sweep_method(config)
+    device = resolve_device(config.device)
+    _claim_directory(output, config, methods)
+    plan = make_plan(config, methods, sweep, device.type)
+    tracker = make_tracker(config.tracking, "compare", output, {**config_to_dict(config), "policy": policy})
+    try:
+        found = _find_results(Setting(config, policy, output / RUNS_FOLDER), plan, tracker)
+        results: dict[str, Any] = to_json_value(make_results(config, plan, found, _describe(methods, policy)))
+        _write(results, output)
+        _track(results, output, tracker)
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+    _announce(results, output)
+    return results
+
+
+def _claim_directory(output: Path, config: CompareConfig, methods: Mapping[str, Method]) -> None:
+    """Makes the run directory, or checks that what lies there is the same comparison.
+
+    Raises:
+        UserError: It holds something else, or cannot be written to.
+    """
+    create_run_directory(output, resume=True)
+    digests = {name: method.digest for name, method in methods.items()}
+    wanted = _comparable(config_to_dict(config))
+    if not (output / CONFIG_FILE).is_file():
+        _refuse_files(output)
+    elif (there := _comparable(_read(output / CONFIG_FILE))) != wanted:
+        changed = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
+        raise UserError(
+            "the run directory holds something else",
+            where=str(output / CONFIG_FILE),
+            expected="the same configuration, to go on with that comparison, or another --output",
+            got=f"other values of {', '.join(changed)}",
+        )
+    elif (output / METHODS_FILE).is_file() and _read(output / METHODS_FILE) != digests:
+        known = _read(output / METHODS_FILE)
+        raise UserError(
+            "the run directory holds a comparison of other policies",
+            where=str(output),
+            expected="the policies that it was begun with, or another --output",
+            got=f"changed: {', '.join(name for name in digests if digests[name] != known.get(name))}",
+        )
+    atomic_write_text(output / CONFIG_FILE, config_to_yaml(config))
+    atomic_write_json(output / METHODS_FILE, digests)
+
+
+def _refuse_files(output: Path) -> None:
+    """Without a configuration there may be nothing but what an interrupted first write left."""
+    if any(not path.name.endswith(".tmp") for path in output.iterdir()):
+        raise UserError(
+            "the run directory exists and is not empty",
+            where=str(output),
+            expected=f"a new or empty directory, or one with the {CONFIG_FILE} of this comparison",
+        )
+
+
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in FREE_TO_CHANGE}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file (JSON is YAML); empty if it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _find_results(setting: Setting, plan: Plan, tracker: Tracker) -> dict[str, RunResult]:
+    """Results of all runs: those on disk, and the others after training them."""
+    store = RunStore(setting.store)
+    found = {key: result for key in plan.runs if (result := store.read(key)) is not None}
+    missing = [run for key, run in plan.runs.items() if key not in found]
+
+    def on_result(run: Run, result: RunResult) -> None:
+        found[run.key] = result
+        metrics = {"compare/seconds": result.seconds, "compare/loss_test": result.loss_test}
+        tracker.log({name: value for name, value in metrics.items() if value is not None}, step=len(found))
+
+    execute(setting, missing, on_result)
+    return found
+
+
+def _describe(methods: Mapping[str, Method], policy: str) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "source": policy if name == "policy" else name,
+            "digest": method.digest,
+            "actions": method.policy.table.name,
+            "schedule": asdict(method.settings),
+            "depends_on_rate": method.depends_on_rate,
+        }
+        for name, method in methods.items()
+    }
+
+
+def _write(results: Mapping[str, Any], output: Path) -> None:
+    """Writes the files; results.json last, so that it stands for a finished comparison."""
+    write_csv(output / CSV_FILE, results["rows"])
+    draw_comparison(results, output / PICTURE_FILE)
+    atomic_write_json(output / RESULTS_FILE, results)
+
+
+def _track(results: Mapping[str, Any], output: Path, tracker: Tracker) -> None:
+    headings, lines = table_cells(results)
+    rows = results["rows"]
+    tracker.log_table("compare/summary", headings, lines)
+    tracker.log_table("compare/rows", list(rows[0]), [list(row.values()) for row in rows])
+    tracker.log_image("compare/comparison", output / PICTURE_FILE)
+    tracker.set_summary({"aggregate": results["aggregate"], "oracle": results["oracle"]})
+    tracker.log_artifact(f"{output.name}-results", "comparison", output / RESULTS_FILE)
+
+
+def _announce(results: Mapping[str, Any], output: Path) -> None:
+    console = Console()
+    print_report(results, console)
+    for name in (RESULTS_FILE, CSV_FILE, PICTURE_FILE):
+        console.print(str(output / name), markup=False, highlight=False, soft_wrap=True)
