@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +104,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     source = find_model(model)
-    with quiet_transformers(), load_errors(source, "tokenizer"):
+    with quiet_transformers(source), load_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -124,7 +125,7 @@ def load_errors(source: ModelSource, part: str) -> Iterator[None]:
         # Broken files, unknown architectures and the Hub client raise a dozen types; the reader typed one string.
         got = shorten(f"{type(error).__name__}: {error}", limit=300)
         if source.is_local:
-            expected = f"a readable {part}, weights as safetensors"
+            expected = "weights in safetensors or .gguf files" if part == "weights" else f"a readable {part}"
             raise UserError(
                 f"the model's {part} cannot be loaded", where=source.given, expected=expected, got=got
             ) from error
@@ -138,15 +139,21 @@ def load_errors(source: ModelSource, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences loading reports, progress bars and deprecations inside the libraries; settings are put back."""
+def quiet_transformers(source: ModelSource | None = None) -> Iterator[None]:
+    """Silences loading reports, progress bars and deprecations inside the libraries; settings are put back.
+
+    Args:
+        source: What is loaded. Reading a .gguf file draws a bar that no setting turns off, so the error stream is
+            closed for it.
+    """
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        is_gguf = source is not None and source.gguf_file is not None
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:

@@ -131,7 +131,7 @@ def save_model(loaded: LoadedModel, directory: Path | str, label_names: Sequence
 
 
 def _load_config(source: ModelSource) -> Any:
-    with quiet_transformers(), load_errors(source, "configuration"):
+    with quiet_transformers(source), load_errors(source, "configuration"):
         return transformers.AutoConfig.from_pretrained(**source.arguments())
 
 
@@ -143,7 +143,7 @@ def _load_weights(source: ModelSource, config: Any, task: FineTuningTask) -> Any
         arguments["use_safetensors"] = True  # never a pickle, which could run code
     elif hasattr(transformers, "GgufConfig"):
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with quiet_transformers(), load_errors(source, "weights"), fixed_initialisation():
+    with quiet_transformers(source), load_errors(source, "weights"), fixed_initialisation():
         model = loader.from_pretrained(**arguments)
     if source.gguf_file is not None:
         _forget_quantization(model)
@@ -229,7 +229,9 @@ def _counts_from_padding(model_type: str) -> bool:
 
 def _check_vocabulary(model: Any, tokenizer: Any, task: FineTuningTask) -> None:
     num_embeddings = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.get_vocab().values())
+    # Tokens that were added and are never used do no harm.
+    used = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    highest = max(tokenizer.vocab_size - 1, *(token for token in used if token is not None))
     if highest >= num_embeddings:
         raise UserError(
             "the tokenizer does not belong to the model",

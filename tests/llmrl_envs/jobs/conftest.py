@@ -61,6 +61,11 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def vocabulary():
+    return VOCABULARY
+
+
+@pytest.fixture(scope="session")
 def chat_template():
     return CHAT_TEMPLATE
 

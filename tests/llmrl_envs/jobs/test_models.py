@@ -250,6 +250,8 @@ def test_a_tokenizer_of_another_model_is_told(make_model, make_tokenizer, tmp_pa
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(tmp_path)
+    load(tmp_path)
+    make_tokenizer(pad_token="<extra>").save_pretrained(tmp_path)
     assert problem(tmp_path).what == "the tokenizer does not belong to the model"
 
 
