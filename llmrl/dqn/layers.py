@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Transform = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -74,3 +77,21 @@ class NoisyLinear(nn.Module):
         """Sets the noise to zero."""
         self.noise_in.zero_()
         self.noise_out.zero_()
+
+
+def apply_linear(layer: nn.Module) -> Transform:
+    """The layer as a bare function of its parameters.
+
+    Calling a module costs several times a multiplication of this size; the parameters stay the module's own.
+    """
+    if not isinstance(layer, nn.Linear):
+        return layer.forward
+    weight, bias = layer.weight, layer.bias
+    return lambda x: F.linear(x, weight, bias)
+
+
+def apply_norm(norm: nn.Module) -> Transform:
+    """LayerNorm as a bare function of its parameters, see `apply_linear`."""
+    assert isinstance(norm, nn.LayerNorm)
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: F.layer_norm(x, shape, weight, bias, eps)

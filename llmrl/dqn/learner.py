@@ -93,10 +93,13 @@ def elementwise_loss(
             outputs, batch.action, batch.reward, batch.discount, previous, target_outputs,
             config.munchausen_temperature, config.munchausen_scale, config.munchausen_clip, batch.mask, batch.next_mask,
         )  # fmt: skip
-    else:
-        # With the target network as its own selector this is plain Q-learning.
+    elif config.double:
         td_error = losses.double_q_td_error(
             outputs, batch.action, batch.reward, batch.discount, selector, target_outputs, batch.next_mask
+        )
+    else:
+        td_error = losses.q_learning_td_error(
+            outputs, batch.action, batch.reward, batch.discount, target_outputs, batch.next_mask
         )
     loss = losses.huber(td_error, config.huber_delta) if config.loss == "huber" else losses.squared(td_error)
     if config.conservative_weight:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.distributional import categorical_lower_mean, quantile_lower_mean
-from llmrl.dqn.layers import NoisyLinear, convolution, linear
+from llmrl.dqn.layers import NoisyLinear, apply_linear, apply_norm, convolution, linear
 
 # Standardised observations are clipped here, so that a first visit far outside cannot throw the network.
 OBS_CLIP = 10.0
@@ -51,6 +51,7 @@ class Torso(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in config.hidden_sizes if config.layer_norm)
         self.num_outputs = sizes[-1]
+        self._steps = list(itertools.zip_longest(map(apply_linear, self.layers), map(apply_norm, self.norms)))
 
     def _num_inputs(self, obs_shape: tuple[int, ...]) -> int:
         if not self.convolutions:
@@ -68,7 +69,7 @@ class Torso(nn.Module):
             x = F.relu(layer(x))
         if x.dim() > 2:
             x = x.flatten(1)
-        for layer, norm in itertools.zip_longest(self.layers, self.norms):
+        for layer, norm in self._steps:
             x = layer(x)
             x = F.relu(x if norm is None else norm(x))
         return x
@@ -98,11 +99,12 @@ class Head(nn.Module):
             if config.noisy
             else linear(num_inputs, num_outputs, generator)
         )
+        self._apply_layer = apply_linear(self.layer)
         self.register_buffer("branch_index", _branch_index(config), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> [B, A] or [B, A, K]."""
-        out: Tensor = self.layer(hidden)
+        out = self._apply_layer(hidden)
         if self.distribution:
             out = out.view(out.shape[0], -1, self.width)
         value = None
@@ -149,7 +151,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Outputs [B, A], or [B, A, K] of a value distribution, for obs [B, *obs_shape]."""
-        return self.head(self.torso(self.normalise(obs)))  # type: ignore[no-any-return]
+        return self.head.forward(self.torso.forward(self.normalise(obs)))
 
     def normalise(self, obs: Tensor) -> Tensor:
         """Images to [0, 1]; vectors by the stored statistics where `normalize_obs` is on."""
