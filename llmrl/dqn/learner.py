@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrl.dqn import distributional, losses
+from llmrl.dqn.captured import CapturedUpdate, Measured, can_capture
 from llmrl.dqn.config import DQNConfig, NetworkConfig
 from llmrl.dqn.flat import FlatParameters, update_target
 from llmrl.dqn.networks import QNetwork
@@ -59,7 +60,7 @@ class UpdateResult:
     priority: Tensor  # [B] |TD error|, or the loss of a value distribution
     value: Tensor  # [] mean value of the actions taken
     gradient_norm: Tensor  # [] before clipping
-    skipped: bool  # the gradient was not finite and nothing was changed; on CUDA counted by the learner alone
+    skipped: bool  # the gradient was not finite and nothing was changed
 
     def priorities(self) -> NDArray[np.float32]:
         """New priorities [B]; not-a-number where the loss was not finite."""
@@ -159,6 +160,7 @@ class Learner:
         self.target_parameters = FlatParameters(self.target)
         self.target_parameters.values.copy_(self.parameters.values)
         self.optimizer = self._new_optimizer()
+        self._captured: CapturedUpdate | None = None
         self.learner_steps = 0
         self.num_skipped = 0
         self.num_resets = 0
@@ -208,12 +210,18 @@ class Learner:
         if self.config.noisy:
             self.online.resample_noise(self.generator)
             self.target.resample_noise(self.generator)
-        loss, priority, value, norm = self.backward(tensors)
-        skipped = not self._apply(float(norm))
+        self._set_learning_rate()
+        if can_capture(self):
+            loss, priority, value, norm = self._replayed(tensors)
+            skipped = not math.isfinite(float(norm))
+        else:
+            loss, priority, value, norm = self.backward(tensors)
+            skipped = not self.apply(float(norm))
+        self.num_skipped += skipped
         self._finish()
         return UpdateResult(loss, priority, value, norm, skipped)
 
-    def backward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(self, batch: TensorBatch) -> Measured:
         """Fills the gradient; returns mean loss, priorities [B], mean value and gradient norm, all detached."""
         self.parameters.gradient.zero_()
         loss, priority, value = elementwise_loss(self.config, self.online, self.target, batch)
@@ -222,19 +230,29 @@ class Learner:
         norm = torch.linalg.vector_norm(self.parameters.gradient)
         return mean_loss.detach(), priority, value.mean(), norm
 
-    def _apply(self, norm: float) -> bool:
-        """Clips and steps; False when the gradient norm is not finite."""
+    def _replayed(self, batch: TensorBatch) -> Measured:
+        """The update as a captured graph, recorded when the first batch of a shape comes."""
+        if self._captured is None or not self._captured.matches(batch):
+            self._captured = CapturedUpdate(self, batch)
+        return self._captured(batch)
+
+    def _set_learning_rate(self) -> None:
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(self.learning_rate)
+        else:
+            group["lr"] = self.learning_rate
+
+    def apply(self, norm: float) -> bool:
+        """Clips and steps; False, and nothing changed, when the gradient norm is not finite."""
         if not math.isfinite(norm):
-            self.num_skipped += 1
             return False
         limit = self.config.max_grad_norm
         if limit is not None and norm > limit:
             self.parameters.gradient.mul_(limit / norm)
-        learning_rate = self.learning_rate
-        self.optimizer.param_groups[0]["lr"] = learning_rate
         if self.config.weight_decay:
-            decay = self.parameters.decay_mask * (learning_rate * self.config.weight_decay)
-            self.parameters.values.mul_(1.0 - decay)
+            rate = self.optimizer.param_groups[0]["lr"] * self.config.weight_decay
+            self.parameters.values.mul_(1.0 - self.parameters.decay_mask * rate)
         self.optimizer.step()
         return True
 
@@ -280,8 +298,11 @@ class Learner:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config, values = self.config, [self.parameters.values]
         if config.optimizer == "adam":
+            on_cuda = self.device.type == "cuda"
+            # A recorded graph reads the rate from a tensor, since a number would be part of the recording.
+            rate = torch.tensor(config.learning_rate, device=self.device) if on_cuda else config.learning_rate
             return torch.optim.Adam(
-                values, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True
+                values, lr=rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True, capturable=on_cuda
             )
         return torch.optim.RMSprop(
             values,
@@ -326,9 +347,9 @@ class Learner:
         self.optimizer.state.clear()
         if state:
             self.optimizer.state[self.parameters.values] = {
-                name: value.clone() if value.dim() == 0 else value.to(self.device).clone()
-                for name, value in state.items()
+                name: value.to(self.device).clone() for name, value in state.items()
             }
+        self._captured = None  # it holds the addresses of the old state
         self.learner_steps = counters["learner_steps"]
         self.num_skipped = counters["num_skipped"]
         self.num_resets = counters["num_resets"]

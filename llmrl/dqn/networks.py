@@ -65,8 +65,8 @@ class Torso(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, *obs_shape] -> [B, hidden]."""
-        for layer in self.convolutions:
-            x = F.relu(layer(x))
+        for filters in self.convolutions:
+            x = F.relu(filters(x))
         if x.dim() > 2:
             x = x.flatten(1)
         for layer, norm in self._steps:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmrl.dqn.captured import step_without_branches
 from llmrl.dqn.config import DQNConfig
 from llmrl.dqn.learner import Learner, TensorBatch
 from llmrl.dqn.replay import Batch
@@ -137,6 +138,41 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     assert all(torch.equal(after[name], state[name]) for name in state)
     assert not learning.update(batch()).skipped
     assert not torch.equal(learning.parameters.values, before)
+
+
+CAPTURED = [{}, {"weight_decay": 0.1, "max_grad_norm": 0.05}, {"head": "quantile"}, {"munchausen": True}]
+
+
+@pytest.mark.parametrize("changes", CAPTURED)
+def test_the_update_without_branches_is_the_plain_one(changes: dict[str, Any]) -> None:
+    plain, other = learner(**changes), learner(**changes)
+    for step in range(100):
+        data = batch(step)
+        if step % 10 == 3:
+            data = changed(data, weight=np.full(8, np.nan, dtype=np.float32))
+        norm = float(plain.backward(TensorBatch.from_numpy(data, plain.device))[3])
+        plain.apply(norm)
+        step_without_branches(other, TensorBatch.from_numpy(data, other.device))
+        torch.testing.assert_close(other.parameters.values, plain.parameters.values, rtol=1e-6, atol=1e-8)
+    assert torch.isfinite(plain.parameters.values).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [*CAPTURED, {"noisy": True}, {"reset_period": 30}])
+def test_the_captured_update_is_the_eager_one(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DQNConfig(hidden_sizes=(128, 128), **changes)
+    network = config.network((NUM_OBS,), NUM_ACTIONS)
+    eager, captured = (Learner(config, network, torch.Generator().manual_seed(0), "cuda") for _ in range(2))
+    for step in range(100):
+        data = batch(step)
+        if step % 10 == 3:
+            data = changed(data, weight=np.full(8, np.nan, dtype=np.float32))
+        results = [captured.update(data)]
+        with monkeypatch.context() as patch:
+            patch.setattr("llmrl.dqn.learner.can_capture", lambda _: False)
+            results.append(eager.update(data))
+        assert results[0].skipped == results[1].skipped == (step % 10 == 3)
+        torch.testing.assert_close(captured.parameters.values, eager.parameters.values, rtol=1e-5, atol=1e-6)
 
 
 def test_the_target_network_is_copied_once_a_period() -> None:
