@@ -196,8 +196,8 @@ def _execute_in_workers(
         devices.put(device)
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(num_workers, context, _start_worker, (setting, devices)) as pool:
-        futures: dict[Future[RunResult], Run] = {pool.submit(_train_in_worker, run): run for run in runs}
         try:
+            futures: dict[Future[RunResult], Run] = {pool.submit(_train_in_worker, run): run for run in runs}
             for future in as_completed(futures):
                 on_result(futures[future], future.result())
         except BrokenProcessPool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_TASK_PANELS = 6
 _COLUMNS = 3
 _HEADROOM = 0.15
-_REGIME_STYLE = {DEFAULT_RATE: ("o", "tab:blue"), WRONG_RATE: ("s", "tab:orange"), "all": ("D", "tab:gray")}
+_REGIME_STYLE = {DEFAULT_RATE: ("o", "black"), WRONG_RATE: ("s", "tab:gray")}
 _MARKERS = "osD^vPX*<>"
 
 
@@ -38,6 +38,7 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
         _draw_losses(figure.add_subplot(grid[row, column : column + 2]), results, task)
     handles, labels = curves.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
+    figure.suptitle("dashed: best of the sweep; dotted: before training; hollow: off the scale", fontsize=9)
     figure.savefig(path)
 
 
@@ -73,10 +74,9 @@ def _draw_score_curves(axes: Axes, results: Mapping[str, Any]) -> None:
                   markersize=4, linewidth=1.3)  # fmt: skip
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_xlabel("starting rate / default rate")
+    _label_factors(axes, sorted(float(factor) for factor in next(iter(results["by_factor"].values()))))
     axes.set_ylabel("score (IQM)")
-    axes.set_title("all tasks; dashed: best of the sweep, dotted: before training", fontsize=9)
+    axes.set_title("over all tasks", fontsize=10)
 
 
 def _draw_losses(axes: Axes, results: Mapping[str, Any], task: str) -> None:
@@ -90,17 +90,27 @@ def _draw_losses(axes: Axes, results: Mapping[str, Any], task: str) -> None:
         own = [row for row in rows if row["method"] == method]
         factors = sorted({row["learning_rate_factor"] for row in own})
         values = [_mean([r["loss_test"] for r in own if r["learning_rate_factor"] == f]) for f in factors]
-        shown = [min(value, top) if math.isfinite(value) else top for value in values]
-        marker = _MARKERS[index % len(_MARKERS)]
-        axes.plot(factors, shown, f"{marker}-", color=f"C{index}", markersize=4, linewidth=1.3)
+        marker, color = _MARKERS[index % len(_MARKERS)], f"C{index}"
+        # NaN compares false, so that a loss that is not finite is off the scale too.
+        beyond = [not value <= top for value in values]
+        shown = [top if off else value for value, off in zip(values, beyond, strict=True)]
+        axes.plot(factors, shown, "-", color=color, linewidth=1.3)
+        for factor, value, off in zip(factors, shown, beyond, strict=True):
+            axes.plot(factor, value, marker, color=color, markersize=4, markerfacecolor="white" if off else color)
     axes.axhline(initial, color="black", linewidth=0.8, linestyle=":")
     if oracle is not None:
         axes.axhline(oracle, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xscale("log")
-    axes.set_ylim(top=top + 0.02 * (top - best))
-    axes.set_xlabel("starting rate / default rate")
+    _label_factors(axes, sorted({row["learning_rate_factor"] for row in rows}))
+    axes.set_ylim(top=top + 0.04 * (top - best))
     axes.set_ylabel("test loss (nats per target)")
     axes.set_title(f"{task} (default rate {_default_rate(rows):.2g})", fontsize=10)
+
+
+def _label_factors(axes: Axes, factors: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(factors, [f"{factor:.3g}" for factor in factors])
+    axes.minorticks_off()
+    axes.set_xlabel("starting rate / default rate")
 
 
 def _losses(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:

@@ -28,7 +28,7 @@ def table_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     """Headings and lines of the summary: a method a line, its scores in every regime, wins, failures and cost."""
     aggregate = results["aggregate"]
     regimes = [name for name in REGIMES if any(name in entry for entry in aggregate.values())]
-    headings = ["method", *regimes, "better than linear", "failures", "tokens per job"]
+    headings = ["method", *regimes, "beats linear", "failed", "tokens a job"]
     lines = []
     for method, entry in aggregate.items():
         total = entry["all"]
@@ -42,7 +42,7 @@ def table_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
             ]
         )
     sweep = f"{results['compute']['sweep']['tokens_trained_per_job']:,.0f}"
-    lines.append(["sweep", *("1 by definition" for _ in regimes), "", "", sweep])
+    lines.append(["sweep", *("1" for _ in regimes), "", "", sweep])
     return headings, lines
 
 
@@ -50,7 +50,9 @@ def print_report(results: Mapping[str, Any], console: Console | None = None) -> 
     """Prints the table and the warnings to stdout."""
     console = console or Console()
     headings, lines = table_cells(results)
-    table = Table(title="score: IQM [95 % interval]; 0 before training, 1 the best linear decay of a sweep")
+    table = Table(
+        title="score: interquartile mean, [95 % interval]\n0: before training; 1: best linear decay of a sweep"
+    )
     for position, heading in enumerate(headings):
         table.add_column(heading, justify="left" if position == 0 else "right")
     for line in lines:
@@ -65,7 +67,7 @@ def _score(entry: Mapping[str, Any] | None) -> str:
         return "-"
     if entry["ci_low"] is None:
         return f"{entry['iqm']:.3f}"
-    return f"{entry['iqm']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}]"
+    return f"{entry['iqm']:.3f}\n[{entry['ci_low']:.3f}, {entry['ci_high']:.3f}]"
 
 
 def _share(value: float | None) -> str:

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+from llmrl_envs.errors import UserError
+
+from llmrl.compare.methods import resolve_methods, sweep_method
+
+
+def test_methods_stand_in_the_order_of_the_configuration(make_config, make_policy, tmp_path: Path) -> None:
+    folder = str(make_policy(tmp_path / "other"))
+    config = make_config(methods=["wsd", "policy", folder, "hold"])
+    methods = resolve_methods(config, "hold")
+    assert list(methods) == ["wsd", "policy", folder, "hold"]
+    assert methods["policy"].digest == methods["hold"].digest
+    assert [method.guarded for method in methods.values()] == [False, True, True, True]
+
+
+def test_the_policy_of_the_command_line_is_always_compared(make_config) -> None:
+    assert list(resolve_methods(make_config(methods=["linear", "cosine"]), "hold")) == ["policy", "linear", "cosine"]
+
+
+def test_every_unknown_name_is_told_with_the_nearest(make_config) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_methods(make_config(methods=["policy", "liner", "cosin", "linear"]), "hold")
+    assert "did you mean 'linear'?" in str(caught.value)
+    assert "did you mean 'cosine'?" in str(caught.value)
+
+
+def test_a_policy_that_is_not_there_is_told(make_config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no policy folder there"):
+        resolve_methods(make_config(methods=["policy", str(tmp_path / "nothing")]), "hold")
+    with pytest.raises(UserError, match="no policy folder there"):
+        resolve_methods(make_config(), str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("actions", "start", "expected"),
+    [("moves", "default", False), ("moves", "given", True), ("factors", "default", True)],
+)
+def test_only_a_default_level_makes_the_given_rate_irrelevant(
+    make_config, make_policy, tmp_path: Path, actions: str, start: str, expected: bool
+) -> None:
+    folder = make_policy(tmp_path / "policy", actions=actions, start=start)
+    assert resolve_methods(make_config(), str(folder))["policy"].depends_on_rate is expected
+
+
+def test_settings_of_the_comparison_replace_those_of_the_policy(make_config, make_policy, tmp_path: Path) -> None:
+    folder = make_policy(tmp_path / "policy")
+    methods = resolve_methods(make_config(methods=["policy", "hold"], schedule={"start": "given"}), str(folder))
+    assert all(method.depends_on_rate for method in methods.values())
+    assert resolve_methods(make_config(), str(folder))["policy"].settings.start == "default"
+
+
+def test_equal_policies_have_equal_digests_wherever_they_lie(make_config, make_policy, tmp_path: Path) -> None:
+    def digest(folder: str, **changes: object) -> str:
+        return resolve_methods(make_config(), str(make_policy(tmp_path / folder, **changes)))["policy"].digest
+
+    first = digest("first")
+    assert digest("second", name="another name") == first
+    others = {digest("third", seed=1), digest("fourth", start="given"), digest("fifth", actions="moves_only")}
+    assert len(others | {first}) == 4
+
+
+def test_the_sweep_is_the_method_linear(make_config) -> None:
+    config = make_config(schedule={"warmup_fraction": 0.2})
+    sweep = sweep_method(config)
+    assert sweep.digest == resolve_methods(config, "hold")["linear"].digest
+    assert sweep.settings.warmup_fraction == 0.2
+    assert sweep.digest != sweep_method(make_config()).digest

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from llmrl.compare.statistics import bootstrap_interval, interquartile_mean, mean, stratified_bootstrap, wins
+
+VALUES = st.floats(-5, 5, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([7.0], 7.0),
+        ([1.0, 2.0, 6.0], 3.0),
+        ([100.0, 0.0, 2.0, 1.0], 1.5),
+        # Eight values: two fall on either side.
+        ([-9.0, 9.0, 1.0, 2.0, 3.0, 4.0, -8.0, 8.0], 2.5),
+        # Seven values: floor(7 / 4) = 1 on either side.
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 60.0], 3.0),
+    ],
+)
+def test_interquartile_mean_by_hand(values: list[float], expected: float) -> None:
+    assert float(interquartile_mean(np.array(values))) == pytest.approx(expected)
+
+
+def test_nothing_has_no_interquartile_mean() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        interquartile_mean(np.zeros((3, 0)))
+
+
+def slow_interquartile_mean(values: list[float]) -> float:
+    ordered = sorted(values)
+    kept = ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
+    return sum(kept) / len(kept)
+
+
+@given(arrays.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 13)), elements=VALUES))
+def test_interquartile_mean_equals_its_slow_twin(values: np.ndarray) -> None:
+    expected = [slow_interquartile_mean(row.tolist()) for row in values]
+    np.testing.assert_allclose(interquartile_mean(values), expected, atol=1e-12)
+
+
+def slow_bootstrap(strata: list[np.ndarray], seed: int, num_resamples: int) -> list[float]:
+    """One resample at a time, value by value."""
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(values), size=(num_resamples, len(values))) for values in strata]
+    found = []
+    for number in range(num_resamples):
+        pooled: list[float] = []
+        for values, drawn in zip(strata, draws, strict=True):
+            for unit in drawn[number]:
+                pooled.extend(values[unit].tolist())
+        found.append(slow_interquartile_mean(pooled))
+    return found
+
+
+@given(
+    st.lists(arrays.arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(1, 3)), elements=VALUES), min_size=1,
+             max_size=4),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_bootstrap_equals_its_slow_twin(strata: list[np.ndarray], seed: int) -> None:
+    fast = stratified_bootstrap(strata, interquartile_mean, np.random.default_rng(seed), 30)
+    np.testing.assert_allclose(fast, slow_bootstrap(strata, seed, 30), atol=1e-12)
+
+
+def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    strata = [np.arange(6.0).reshape(3, 2), np.arange(4.0).reshape(4, 1)]
+    whole = stratified_bootstrap(strata, mean, np.random.default_rng(3), 100)
+    monkeypatch.setattr("llmrl.compare.statistics._BATCH_VALUES", 70)
+    np.testing.assert_array_equal(stratified_bootstrap(strata, mean, np.random.default_rng(3), 100), whole)
+
+
+def test_interval_by_hand() -> None:
+    # Two coins, 0 and 1: their mean is 0 or 1 in a quarter of the resamples each, so the interval spans both.
+    assert bootstrap_interval([np.array([[0.0], [1.0]])], mean) == (0.0, 1.0)
+
+
+def test_resampling_stays_within_the_strata() -> None:
+    # Both tasks always count equally, so that the mean cannot leave the middle.
+    assert bootstrap_interval([np.zeros((4, 1)), np.ones((4, 1))], mean) == (0.5, 0.5)
+
+
+def test_interval_of_a_mean_is_near_the_normal_one() -> None:
+    values = np.random.default_rng(0).normal(size=(400, 1))
+    interval = bootstrap_interval([values], mean)
+    assert interval is not None
+    error = float(values.std() / 20)
+    assert interval[0] == pytest.approx(float(values.mean()) - 1.96 * error, abs=0.25 * error)
+    assert interval[1] == pytest.approx(float(values.mean()) + 1.96 * error, abs=0.25 * error)
+
+
+def test_copies_of_a_run_do_not_narrow_the_interval() -> None:
+    seeds = np.random.default_rng(1).normal(size=(6, 1))
+    assert bootstrap_interval([np.repeat(seeds, 5, axis=1)], mean) == pytest.approx(bootstrap_interval([seeds], mean))
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert bootstrap_interval([np.array([[0.1, 0.9]]), np.array([[0.5, 0.6]])], mean) is None
+
+
+def test_wins_by_hand() -> None:
+    own = np.array([1.0, 2.0, 3.0, np.nan, np.nan, 1.0])
+    other = np.array([2.0, 2.0, 2.0, 2.0, np.inf, np.nan])
+    np.testing.assert_array_equal(wins(own, other), [1.0, 0.5, 0.0, 0.0, 0.5, 1.0])
