@@ -39,7 +39,8 @@ class ScheduleSettings:
         base: Shape over the budget that every level is multiplied with.
         warmup_fraction: Share of the budget over which the rate rises linearly from near zero.
         start: "default": the table's default level, whatever rate was given. "given": the level that the given
-            rate means for this model, for jobs whose rate is known to be good.
+            rate means for this model, for jobs whose rate is known to be good. That level is known once Adam's
+            moments have filled, so the first few measurements move the level and leave the rate alone.
         rollbacks: How many times a job may return to its best snapshot.
         cooldown_progress: Share of the budget after which the level is final.
         smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
@@ -62,6 +63,19 @@ class ScheduleSettings:
                 got=self.warmup_fraction,
                 where="schedule.warmup_fraction",
             )
+        for name, allowed, fits in (
+            ("start", "default or given", self.start in ("default", "given")),
+            ("rollbacks", "0 or more", self.rollbacks >= 0),
+            ("cooldown_progress", "a share of the budget in [0, 1]", 0.0 <= self.cooldown_progress <= 1.0),
+            ("smoothing", "a weight in (0, 1]", 0.0 < self.smoothing <= 1.0),
+        ):
+            if not fits:
+                raise UserError(
+                    "the schedule's setting is out of range",
+                    expected=allowed,
+                    got=repr(getattr(self, name)),
+                    where=f"schedule.{name}",
+                )
 
     def warmup_steps(self, total_steps: Integers) -> Integers:
         """Optimizer steps of warm-up, int64[E]."""
@@ -200,20 +214,23 @@ class Schedule:
             ratio = np.asarray(weight_norm, np.float64) / np.asarray(update_norm, np.float64)
         usable = np.isfinite(ratio) & (ratio > 0.0)
         first = usable & np.isnan(self.weight_to_update)
-        weight = np.where(self.num_measurements <= NUM_PROMPT_MEASUREMENTS, 1.0, self.settings.smoothing)
+        prompt = usable & (self.num_measurements <= NUM_PROMPT_MEASUREMENTS)
+        rate = np.where(first, self.given_rate, self.peak_rate())
+        weight = np.where(prompt, 1.0, self.settings.smoothing)
         with np.errstate(invalid="ignore", divide="ignore"):
             smoothed = self.weight_to_update ** (1.0 - weight) * np.where(usable, ratio, 1.0) ** weight
         self.weight_to_update = np.where(first, ratio, np.where(usable, smoothed, self.weight_to_update))
         self.num_measurements += usable
         if self.settings.start == "given" and self.table.unit is LevelUnit.RELATIVE_UPDATE:
-            self._start_at_given_rate(first)
+            self._keep_rate(prompt, rate)
 
-    def _start_at_given_rate(self, lanes: Booleans) -> None:
-        """Puts the level where the first learning rate at the peak equals the given one exactly."""
-        wanted = np.where(lanes, self.given_rate / self.weight_to_update, 1.0)
+    def _keep_rate(self, lanes: Booleans, rate: Floats) -> None:
+        """Moves the level to where the learning rate at the peak is `rate`, float64[E], exactly."""
+        wanted = np.where(lanes, rate / self.weight_to_update, 1.0)
         nearest = np.abs(np.log(self._grid)[None, :] - np.log(wanted)[:, None]).argmin(axis=1)
+        highest = np.clip(self.highest_level + nearest - self.level, 0, len(self._grid) - 1)
+        self.highest_level = np.where(lanes, highest, self.highest_level)
         self.level = np.where(lanes, nearest, self.level)
-        self.highest_level = np.where(lanes, nearest, self.highest_level)
         self.grid_shift = np.where(lanes, wanted / self._grid[nearest], self.grid_shift)
 
     # -- learning rates -------------------------------------------------------------------------------------------
@@ -274,6 +291,14 @@ class Schedule:
         """Lanes whose level no action moves any more, bool[E]."""
         late = self.step >= self.settings.cooldown_progress * self.total_steps
         return np.asarray((self.cooldown_start >= 0) | self.fallen_back | late)
+
+    @property
+    def may_roll_back(self) -> Booleans:
+        """Lanes in which some action can still return to a snapshot, once there is one, bool[E]."""
+        possible = UpdateChoice.ROLLBACK in self.capabilities and bool(
+            (self._choices == _SETTING_CHOICES.index(UpdateChoice.ROLLBACK)).any()
+        )
+        return np.asarray((self.rollbacks_left > 0) & ~self.is_final & possible)
 
     def apply(self, actions: Integers) -> tuple[Integers, Booleans]:
         """Carries out one action in each lane; an unavailable one counts as holding.

@@ -25,7 +25,8 @@ class SteeringUpdate:
 
     Attributes:
         observation: float32[E, O].
-        at_best: bool[E], lanes whose smoothed train loss is the lowest so far: worth a snapshot.
+        at_best: bool[E], lanes whose smoothed train loss is the lowest so far and that may still roll back: worth a
+            snapshot.
         fell_back: bool[E], lanes that the guard has just taken out of the policy's hands.
     """
 
@@ -84,7 +85,7 @@ class Steering:
         behind &= self._guarded
         fell_back = behind & ~self.schedule.fallen_back
         self.schedule.fall_back(behind)
-        return SteeringUpdate(observation, at_best & (self.schedule.rollbacks_left > 0), fell_back)
+        return SteeringUpdate(observation, at_best & self.schedule.may_roll_back, fell_back)
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
         """Everything that changes, as arrays of leading dimension E."""
