@@ -51,6 +51,14 @@ class RewardSpec:
         for name in ("switch_cost", "rollback_cost", "time_cost"):
             if getattr(self, name) < 0.0:
                 raise UserError("a cost is negative", expected=">= 0", got=getattr(self, name), where=f"reward.{name}")
+        for name in ("minimum_scale", "divergence_margin"):
+            if not getattr(self, name) > 0.0:
+                raise UserError(
+                    "the reward's scale is not positive",
+                    expected="> 0",
+                    got=getattr(self, name),
+                    where=f"reward.{name}",
+                )
 
     def scale(self, initial: float, reference: float) -> float:
         """s = max(l_0 - l_ref, minimum_scale), in nats of log-loss."""
