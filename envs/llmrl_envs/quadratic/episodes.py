@@ -70,6 +70,7 @@ class QuadraticEpisodes:
         self.observation_spec = ObservationSpec(self.table, **(observation or {}))
         self.reward_spec = _without_noise(RewardSpec(**(reward or {})))
         self._settings = ScheduleSettings(**(schedule or {}))
+        self._can_roll_back = any(action.choice is UpdateChoice.ROLLBACK for action in self.table.actions)
         self.jobs = QuadraticJobs(num_envs, distribution.dimension, distribution.total_steps[1])
         self._steering = self._new_steering(np.arange(num_envs))
         self._intervals: Integers = np.zeros((num_envs, _MOST_DECISIONS), np.int64)
@@ -115,8 +116,9 @@ class QuadraticEpisodes:
         rates = schedule.learning_rate(schedule.step + places[:, None])
         statistics = self.jobs.run_interval(num_steps, rates)
         update = self._steering.observe(statistics)
-        self.jobs.mark_best(update.at_best)
-        schedule.has_snapshot |= update.at_best
+        if self._can_roll_back:
+            self.jobs.mark_best(update.at_best)
+            schedule.has_snapshot |= update.at_best
         share = num_steps / schedule.total_steps
         reward = self._reward(switched, rolled_back, share)
         self._decision += 1

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrl_envs.interface.statistics import Floats, Integers, TrainingStatistics, TuningMode, empty_statistics
-from llmrl_envs.quadratic.model import NoisyQuadratics, fold_sum
+from llmrl_envs.quadratic.model import NoisyQuadratics, sum_rows
 
 _HIGHEST_LOSS = 1e12
 """What an expected loss beyond every number is shown as."""
@@ -49,8 +49,7 @@ class QuadraticJobs:
         self._trace: Floats = np.ones(num_jobs)
         self._trace_square: Floats = np.ones(num_jobs)
         # Standard normals for the loss and the gradient norm of every step; single precision is ample for noise.
-        self._loss_draws: NDArray[np.float32] = np.zeros((num_jobs, longest), np.float32)
-        self._norm_draws: NDArray[np.float32] = np.zeros((num_jobs, longest), np.float32)
+        self._draws: NDArray[np.float32] = np.zeros((num_jobs, 2, longest), np.float32)
 
     def start(self, lanes: Integers, quadratics: NoisyQuadratics) -> None:
         """Starts `quadratics`, one for each of `lanes`.
@@ -58,7 +57,7 @@ class QuadraticJobs:
         Raises:
             ValueError: Another dimension, or a budget beyond `longest`.
         """
-        longest = self._loss_draws.shape[1]
+        longest = self._draws.shape[2]
         if quadratics.curvature.shape != (len(lanes), len(self._moments)) or quadratics.total_steps.max() > longest:
             raise ValueError(
                 f"quadratics: expected curvature of shape {(len(lanes), len(self._moments))} and at most {longest} "
@@ -68,8 +67,8 @@ class QuadraticJobs:
             getattr(self.quadratics, field.name)[lanes] = getattr(quadratics, field.name)
         self.step[lanes] = 0
         self._curvature[:, lanes] = quadratics.curvature.T
-        self._trace[lanes] = fold_sum(quadratics.curvature.T.copy())
-        self._trace_square[lanes] = fold_sum(quadratics.curvature.T**2)
+        self._trace[lanes] = sum_rows(quadratics.curvature.T)
+        self._trace_square[lanes] = sum_rows(quadratics.curvature.T**2)
         self._moments[:, lanes] = self._best[:, lanes] = quadratics.normalised_initial()
         self._draw_measurements(lanes)
 
@@ -77,13 +76,12 @@ class QuadraticJobs:
         for lane in lanes:
             count = int(self.quadratics.total_steps[lane])
             generator = np.random.Generator(np.random.PCG64(int(self.quadratics.seed[lane])))
-            self._loss_draws[lane, :count] = generator.standard_normal(count, np.float32)
-            self._norm_draws[lane, :count] = generator.standard_normal(count, np.float32)
+            self._draws[lane, :, :count] = generator.standard_normal((2, count), np.float32)
 
     def expected_loss(self) -> Floats:
         """Expected loss now, float64[E]; infinite beyond every number."""
         with np.errstate(over="ignore", invalid="ignore"):
-            loss = self.quadratics.floor + 0.5 * self.quadratics.noise * fold_sum(self._moments.copy())
+            loss = self.quadratics.floor + 0.5 * self.quadratics.noise * sum_rows(self._moments)
         return np.asarray(np.nan_to_num(loss, nan=np.inf, posinf=np.inf))
 
     def mark_best(self, lanes: NDArray[np.bool_]) -> None:
@@ -103,7 +101,7 @@ class QuadraticJobs:
 
     def norms(self, lanes: Integers) -> tuple[Floats, Floats]:
         """Root mean square of the gradient norm, and the weight norm, of `lanes`."""
-        signal = fold_sum(self._curvature[:, lanes] * self._moments[:, lanes])
+        signal = sum_rows(self._curvature[:, lanes] * self._moments[:, lanes])
         root_mean_square = np.sqrt(self.quadratics.noise[lanes] * (signal + self._trace[lanes]))
         return np.asarray(root_mean_square), self.quadratics.weight_norm[lanes]
 
@@ -133,13 +131,15 @@ class QuadraticJobs:
     def _train(self, lanes: Integers, rates: Floats) -> Floats:  # [N, L] -> [3, N + 1, L]
         """Moves the moments of `lanes`; returns sum_i b_i, sum_i h_i b_i, sum_i h_i^2 b_i before each step and after.
 
-        A rate of zero leaves a job exactly as it is, which is how one with fewer steps waits for the others.
+        A rate of zero leaves a job exactly as it is, which is how one with fewer steps waits for the others. The first
+        sum follows from the two others: (1 - u_i)^2 b_i + u_i^2 = b_i - 2 eta h_i b_i + eta^2 h_i^2 (b_i + 1).
         """
         curvature, moments = self._curvature.take(lanes, axis=1), self._moments.take(lanes, axis=1)
         sums = np.empty((3, len(rates) + 1, len(lanes)))
-        scratch = np.empty((3, *moments.shape))
-        shrink, kept = scratch[0], scratch[1]
-        _moment_sums(moments, curvature, scratch, sums[:, 0])
+        scratch = np.empty((2, *moments.shape))
+        shrink, kept = scratch
+        sums[0, 0] = sum_rows(moments)
+        _weighted_sums(moments, curvature, scratch, sums[1:, 0])
         for step, rate in enumerate(rates):
             np.multiply(curvature, rate, out=shrink)
             np.subtract(1.0, shrink, out=kept)
@@ -147,7 +147,9 @@ class QuadraticJobs:
             shrink *= shrink
             moments *= kept
             moments += shrink
-            _moment_sums(moments, curvature, scratch, sums[:, step + 1])
+            _weighted_sums(moments, curvature, scratch, sums[1:, step + 1])
+        sums[0, 1:] = rates**2 * (sums[2, :-1] + self._trace_square[lanes]) - 2.0 * rates * sums[1, :-1]
+        np.cumsum(sums[0], axis=0, out=sums[0])
         self._moments[:, lanes] = moments
         return sums
 
@@ -163,9 +165,11 @@ class QuadraticJobs:
         count, columns = len(rates), np.arange(len(lanes))
         places = np.arange(count)[:, None]
         taken = places < num_steps
-        index = lanes * self._loss_draws.shape[1] + self.step[lanes] + places
-        losses = self._losses(lanes, sums[0, :-1], self._loss_draws.take(index, mode="clip"))
-        norms = self._gradient_norms(lanes, sums[1, :-1], sums[2, :-1], self._norm_draws.take(index, mode="clip"))
+        longest = self._draws.shape[2]
+        # Beyond a job's last step the place of another's draw; what is made of it is not shown.
+        index = 2 * longest * lanes + self.step[lanes] + places
+        losses = self._losses(lanes, sums[0, :-1], self._draws.take(index, mode="clip"))
+        norms = self._gradient_norms(lanes, sums[1, :-1], sums[2, :-1], self._draws.take(index + longest, mode="clip"))
         shown.loss[lanes, :count] = np.where(taken, losses, np.nan).T
         shown.gradient_norm[lanes, :count] = np.where(taken, norms, np.nan).T
         shown.update_norm[lanes] = norms[num_steps - 1, columns]
@@ -243,12 +247,11 @@ class _Measured:
     signal_to_noise: Floats
 
 
-def _moment_sums(moments: Floats, curvature: Floats, scratch: Floats, sums: Floats) -> None:
-    """Writes sum_i b_i, sum_i h_i b_i, sum_i h_i^2 b_i to `sums`, float64[3, L]; overwrites `scratch`, [3, D, L]."""
-    np.copyto(scratch[0], moments)
-    np.multiply(curvature, moments, out=scratch[1])
-    np.multiply(curvature, scratch[1], out=scratch[2])
-    np.copyto(sums, fold_sum(scratch))
+def _weighted_sums(moments: Floats, curvature: Floats, scratch: Floats, sums: Floats) -> None:
+    """Writes sum_i h_i b_i and sum_i h_i^2 b_i to `sums`, float64[2, L]; overwrites `scratch`, [2, D, L]."""
+    np.multiply(curvature, moments, out=scratch[0])
+    np.multiply(curvature, scratch[0], out=scratch[1])
+    np.copyto(sums, sum_rows(scratch))
 
 
 def _no_quadratics(num_jobs: int, dimension: int) -> NoisyQuadratics:

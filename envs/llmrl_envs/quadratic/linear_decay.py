@@ -29,11 +29,10 @@ def linear_decay(
     steps = np.asarray(total_steps, np.float64)
     slope = peak_step / steps
     reach = np.minimum(steps, _REACH / np.sqrt(slope))
-    added, added_slope = np.zeros_like(slope), np.zeros_like(slope)
-    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
-        value, derivative, _, _ = _summand(slope, 0.5 * (1.0 + node) * reach)
-        added += 0.5 * weight * reach * value
-        added_slope += 0.5 * weight * reach * derivative
+    places = reach * (0.5 + 0.5 * _NODES[:, None, None])
+    value, derivative, _, _ = _summand(slope, places)
+    added = 0.5 * reach * (_WEIGHTS[:, None, None] * value).sum(axis=0)
+    added_slope = 0.5 * reach * (_WEIGHTS[:, None, None] * derivative).sum(axis=0)
     value, derivative, growth, growth_slope = _summand(slope, steps)
     added += value * (0.5 + growth / 12.0)
     added_slope += derivative * (0.5 + growth / 12.0) + value * growth_slope / 12.0

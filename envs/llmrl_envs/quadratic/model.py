@@ -101,7 +101,7 @@ class QuadraticDistribution:
     """
 
     dimension: int = 32
-    total_steps: tuple[int, int] = (60, 2000)
+    total_steps: tuple[int, int] = (60, 1000)
     exponent: tuple[float, float] = (0.5, 1.5)
     log10_condition: tuple[float, float] = (0.5, 2.5)
     initial_power: tuple[float, float] = (0.0, 0.5)
@@ -111,7 +111,7 @@ class QuadraticDistribution:
     floor: tuple[float, float] = (0.05, 0.5)
     loss_noise: tuple[float, float] = (0.01, 0.1)
     log10_rate_error: tuple[float, float] = (-1.5, 1.5)
-    log10_level_error: float = 0.2
+    log10_level_error: float = 0.15
 
     def __post_init__(self) -> None:
         _check(self.dimension >= 2, "dimension", "at least 2", self.dimension)
@@ -129,6 +129,7 @@ _RANGES = (
     "exponent", "log10_condition", "initial_power", "log10_rate_error",
 )  # fmt: skip
 _NUM_LOG_RANGES = 4
+_NUM_SEEDS = 2.0**53  # as many as a uniform number tells apart
 
 
 def _check(holds: bool, name: str, expected: str, got: object) -> None:
@@ -139,26 +140,24 @@ def _check(holds: bool, name: str, expected: str, got: object) -> None:
 def draw_quadratics(distribution: QuadraticDistribution, generators: Sequence[np.random.Generator]) -> NoisyQuadratics:
     """One job from each generator; what a generator gives does not depend on the others."""
     lanes, dimension = len(generators), distribution.dimension
-    uniform = np.empty((len(_RANGES), lanes))
-    normal = np.empty((dimension + 1, lanes))
-    seed = np.empty(lanes, np.int64)
+    uniform = np.empty((lanes, len(_RANGES) + 1))
+    normal = np.empty((lanes, dimension + 1))
     for lane, generator in enumerate(generators):
-        uniform[:, lane] = generator.random(len(_RANGES))
-        normal[:, lane] = generator.standard_normal(dimension + 1)
-        seed[lane] = generator.integers(2**63 - 1)
+        uniform[lane] = generator.random(len(_RANGES) + 1)
+        normal[lane] = generator.standard_normal(dimension + 1)
     total_steps, contraction, floor, loss_noise, exponent, condition, power, rate_error = _in_ranges(
-        distribution, uniform
+        distribution, uniform[:, :-1].T
     )
     # Rounding down would give the upper end no probability, rounding to the nearest half of it at both ends.
     steps = np.minimum(np.floor(total_steps), distribution.total_steps[1]).astype(np.int64)
     curvature = spectrum(dimension, exponent, 10.0**condition)
-    initial = np.exp(distribution.initial_spread * normal[:-1]) * curvature**-power
-    initial *= 2.0 / fold_sum(curvature * initial)
-    mean_curvature = np.exp(fold_sum(np.log(curvature)) / dimension)
+    initial = np.exp(distribution.initial_spread * normal[:, :-1].T) * curvature**-power
+    initial *= 2.0 / sum_rows(curvature * initial)
+    mean_curvature = np.exp(sum_rows(np.log(curvature)) / dimension)
     rate = np.minimum(2.0 * contraction / (mean_curvature * steps), distribution.largest_step)
     noise, excess = noise_of_best_rate(curvature, curvature * initial, rate, steps)
-    gradient_norm = np.sqrt(fold_sum(curvature * (curvature * initial + noise)))
-    level = DEFAULT_RELATIVE_UPDATE * 10.0 ** (distribution.log10_level_error * normal[-1])
+    gradient_norm = np.sqrt(sum_rows(curvature * (curvature * initial + noise)))
+    level = DEFAULT_RELATIVE_UPDATE * 10.0 ** (distribution.log10_level_error * normal[:, -1])
     return NoisyQuadratics(
         curvature=np.ascontiguousarray(curvature.T),
         initial=np.ascontiguousarray(initial.T),
@@ -170,7 +169,7 @@ def draw_quadratics(distribution: QuadraticDistribution, generators: Sequence[np
         given_rate=rate * 10.0**rate_error,
         weight_norm=rate * gradient_norm / level,
         loss_noise=loss_noise,
-        seed=seed,
+        seed=(uniform[:, -1] * _NUM_SEEDS).astype(np.int64),
     )
 
 
@@ -201,19 +200,17 @@ def noise_of_best_rate(
     logarithm of the rate where noise = -sum_i h_i A_i P_i' / sum_i Q_i'.
     """
     kept, kept_slope, added, added_slope = linear_decay(curvature * rate, total_steps)
-    noise = -fold_sum(initial * kept_slope) / fold_sum(added_slope)
-    return noise, 0.5 * (fold_sum(initial * kept) + noise * fold_sum(added))
+    noise = -sum_rows(initial * kept_slope) / sum_rows(added_slope)
+    return noise, 0.5 * (sum_rows(initial * kept) + noise * sum_rows(added))
 
 
-def fold_sum(rows: Floats) -> Floats:  # [..., D, E] -> [..., E]; overwrites `rows`
-    """Sum over the last axis but one by halving, in an order that E does not change: one job or many, the same bits."""
-    count = rows.shape[-2]
-    while count > 1:
-        half = count // 2
-        rows[..., :half, :] += rows[..., count - half : count, :]
-        count -= half
-    total: Floats = rows[..., 0, :].copy()
-    return total
+def sum_rows(rows: Floats) -> Floats:  # [..., D, E] -> [..., E]
+    """Sum over the last axis but one, row after row whatever E is: a job alone gives the same bits as among others."""
+    rows = np.ascontiguousarray(rows)
+    if rows.shape[-1] == 1:
+        # NumPy would sum a single column in pairs.
+        return np.asarray(np.add.accumulate(rows, axis=-2)[..., -1, :])
+    return np.asarray(np.add.reduce(rows, axis=-2))
 
 
 def expected_losses(quadratics: NoisyQuadratics, learning_rates: Floats) -> Floats:  # [T + 1, E]

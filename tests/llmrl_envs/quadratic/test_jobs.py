@@ -8,7 +8,7 @@ from llmrl_envs.quadratic.jobs import QuadraticJobs
 from llmrl_envs.quadratic.model import NoisyQuadratics, expected_losses
 
 
-def started(quadratics: NoisyQuadratics, longest: int = 2000) -> QuadraticJobs:
+def started(quadratics: NoisyQuadratics, longest: int = 1000) -> QuadraticJobs:
     jobs = QuadraticJobs(len(quadratics), quadratics.curvature.shape[1], longest)
     jobs.start(np.arange(len(quadratics)), quadratics)
     return jobs
@@ -126,7 +126,7 @@ def test_rolling_back_restores_the_marked_parameters(draw) -> None:
 
 def test_state_goes_on_bit_for_bit(draw) -> None:
     quadratics = draw(4)
-    jobs, again = started(quadratics), QuadraticJobs(4, 32, 2000)
+    jobs, again = started(quadratics), QuadraticJobs(4, 32, 1000)
     rates = np.tile(quadratics.reference_rate, (5, 1))
     jobs.run_interval(np.full(4, 5), rates)
     again.load_state_dict(jobs.state_dict())
@@ -141,3 +141,10 @@ def test_a_job_that_does_not_fit_is_refused(draw) -> None:
         QuadraticJobs(1, 16, 2000).start(np.arange(1), draw(1))
     with pytest.raises(ValueError, match="at most 50 steps"):
         QuadraticJobs(1, 32, 50).start(np.arange(1), draw(1))
+
+
+def test_losses_without_noise_are_the_expected_ones(draw) -> None:
+    quadratics = draw(20, loss_noise=(1e-12, 1e-12))
+    rates = np.tile(3.0 * quadratics.reference_rate, (30, 1))
+    statistics = started(quadratics).run_interval(np.full(20, 30), rates)
+    np.testing.assert_allclose(statistics.loss.T, expected_losses(quadratics, rates)[:-1], rtol=1e-9)

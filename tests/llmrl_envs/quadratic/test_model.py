@@ -58,7 +58,7 @@ def test_jobs_are_what_the_distribution_says(draw) -> None:
     np.testing.assert_allclose(jobs.curvature[:, 0], 1.0)
     assert (np.diff(jobs.curvature, axis=1) < 0).all()
     for values, low, high in (
-        (jobs.total_steps, 60, 2000),
+        (jobs.total_steps, 60, 1000),
         (jobs.floor, 0.05, 0.5),
         (jobs.loss_noise, 0.01, 0.1),
         (jobs.given_rate / jobs.reference_rate, 10**-1.5, 10**1.5),
