@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.data_files import READERS, Table, read_table, shorten
+from llmrl_envs.jobs.hub import hub_is_reachable
 from llmrl_envs.jobs.task import DataSpec
 
 Split = Literal["train", "validation", "test"]
@@ -120,8 +121,9 @@ def _load_hub(source: str) -> dict[Split, Table]:
     import datasets
 
     identifier, _, configuration = source.partition(":")
+    is_reachable = hub_is_reachable()
     try:
-        with _quiet_datasets():
+        with _loading_datasets(cache_only=not is_reachable):
             loaded = datasets.load_dataset(identifier, configuration or None)
     except Exception as error:
         # Whatever the Hub client raises (offline, not found, gated, broken files), the reader typed one string.
@@ -132,7 +134,7 @@ def _load_hub(source: str) -> dict[Split, Table]:
                 f"a local path (nothing at {Path(source).expanduser().absolute()}) or a Hub data set; "
                 "without a network, the path of a local copy made with dataset.save_to_disk(path)"
             ),
-            got=_first_line(error),
+            got=_first_line(error) if is_reachable else "not in the local cache, and the Hub does not answer",
         ) from error
     return _dataset_tables(loaded, source)
 
@@ -162,15 +164,18 @@ def _dataset_table(dataset: Any, source: str) -> Table:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def _loading_datasets(*, cache_only: bool) -> Iterator[None]:
+    """Switches progress bars off, and the network where it would not answer; both are put back."""
     import datasets
 
-    were_disabled = datasets.are_progress_bars_disabled()
+    had_bars, was_offline = not datasets.are_progress_bars_disabled(), datasets.config.HF_HUB_OFFLINE
     datasets.disable_progress_bars()
+    datasets.config.HF_HUB_OFFLINE = was_offline or cache_only
     try:
         yield
     finally:
-        if not were_disabled:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+        if had_bars:
             datasets.enable_progress_bars()
 
 

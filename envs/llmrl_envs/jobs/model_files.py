@@ -14,6 +14,7 @@ from typing import Any
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.data_files import missing_path, shorten
+from llmrl_envs.jobs.hub import hub_is_reachable
 
 BUILTIN = "builtin"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -27,11 +28,13 @@ class ModelSource:
         given: What was typed.
         location: Directory or Hub id for `from_pretrained`.
         gguf_file: Name of the .gguf file in `location`, if it is one.
+        cache_only: For a Hub id, whether to look in the local cache only, because the Hub does not answer.
     """
 
     given: str
     location: str
     gguf_file: str | None = None
+    cache_only: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -42,6 +45,8 @@ class ModelSource:
         """Arguments of `from_pretrained` that every part of the model is loaded with."""
         # None would stop and ask on the terminal whether to run the code of a stranger.
         arguments: dict[str, Any] = {"pretrained_model_name_or_path": self.location, "trust_remote_code": False}
+        if self.cache_only:
+            arguments["local_files_only"] = True
         return arguments if self.gguf_file is None else arguments | {"gguf_file": self.gguf_file}
 
 
@@ -66,7 +71,7 @@ def find_model(model: str) -> ModelSource:
         )
     if model[:1] in "./~" or not _HUB_ID.fullmatch(model):
         raise missing_path(path, "model")
-    return ModelSource(model, model)
+    return ModelSource(model, model, cache_only=not hub_is_reachable())
 
 
 def _find_gguf(model: str, path: Path) -> ModelSource:
@@ -133,8 +138,8 @@ def load_errors(source: ModelSource, part: str) -> Iterator[None]:
         raise UserError(
             "model not found",
             where=source.given,
-            expected=f"a local model directory (nothing at {path}) or a Hub id that is reachable or in the local cache",
-            got=got,
+            expected=f"a local model directory (nothing at {path}) or the id of a model on the Hub",
+            got="not in the local cache, and the Hub does not answer or is switched off" if source.cache_only else got,
         ) from error
 
 

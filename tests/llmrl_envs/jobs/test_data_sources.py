@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 from llmrl_envs.errors import UserError
+from llmrl_envs.jobs import data_sources
 from llmrl_envs.jobs.data_sources import load_tables
 from llmrl_envs.jobs.task import DataSpec
 
@@ -76,12 +77,13 @@ def test_a_missing_path_is_told_as_a_path(source):
 
 @pytest.mark.parametrize("source", ["nobody/nothing", "nobody/nothing:part"])
 def test_an_unreachable_hub_id_says_what_was_looked_for_and_what_to_do(source, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(data_sources, "hub_is_reachable", lambda: False)
     error = problem(train=source)
     assert error.what == "data set not found"
     assert error.where == source
     assert "save_to_disk" in error.expected
     assert "nobody/nothing" in error.expected
+    assert error.got == "not in the local cache, and the Hub does not answer"
 
 
 def test_a_directory_without_data_is_told(tmp_path):
