@@ -134,7 +134,8 @@ def row_checksums(name: str, rows: NDArray[Any]) -> NDArray[np.uint64]:  # [K, .
     num_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
     num_words = -(-num_bytes // 8)
     padded = np.zeros((len(rows), num_words * 8), dtype=np.uint8)
-    padded[:, :num_bytes] = np.frombuffer(np.ascontiguousarray(rows).tobytes(), dtype=np.uint8).reshape(len(rows), -1)
+    content = np.frombuffer(np.ascontiguousarray(rows).tobytes(), dtype=np.uint8)
+    padded[:, :num_bytes] = content.reshape(len(rows), num_bytes)
     place = np.arange(1, num_words + 1, dtype=np.uint64) + np.uint64(zlib.crc32(name.encode()) << 24)
     return np.asarray((padded.view(np.uint64) * (_mixed(place) | np.uint64(1))).sum(axis=1, dtype=np.uint64))
 

@@ -244,7 +244,7 @@ class ReplayBuffer:
         if self._tree is not None:
             highest = self._leaf(np.array(self.max_priority))
             self._tree.set(self.rows.live_slots(), highest if priorities is None else priorities)
-        return LoadReport(len(self), len(self), None)
+        return LoadReport(stored.num_stored, len(self), None)
 
     def merge(self, source: Path | StoredReplay | ReplayBuffer) -> LoadReport:
         """Adds the experience of another run as if it had just been collected.
@@ -257,18 +257,19 @@ class ReplayBuffer:
             ValueError: The folder cannot be read, or shapes or metadata differ.
         """
         if isinstance(source, ReplayBuffer):
+            check_agrees("replay buffer", source._about(), self._about(), ("spec", "metadata"))
             experience: Experience = HeldExperience(source.rows)
-            about, damage, where = source._about(), None, "replay buffer"
+            num_stored, damage = len(source), None
         else:
             experience = stored = source if isinstance(source, StoredReplay) else StoredReplay(source)
-            about, damage, where = stored.about, stored.damage, str(stored.path)
-        check_agrees(where, about, self._about(), ("spec", "metadata"))
+            check_agrees(str(stored.path), stored.about, self._about(), ("spec", "metadata"))
+            num_stored, damage = stored.num_stored, stored.damage
         for changed in merge(self.rows, experience):
             self._changed(changed)
         num_loaded = min(len(experience.environment), self.capacity)
         if damage is not None:
-            warnings.warn(f"{where}: {damage}; took {num_loaded} transitions before that", stacklevel=2)
-        return LoadReport(len(experience.environment), num_loaded, damage)
+            warnings.warn(f"{stored.path}: {damage}; took {num_loaded} transitions before that", stacklevel=2)
+        return LoadReport(num_stored, num_loaded, damage)
 
     def _about(self) -> dict[str, Any]:
         """What a saved buffer says about itself; JSON values."""

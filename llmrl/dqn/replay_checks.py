@@ -86,7 +86,8 @@ class TransitionSpec:
             return array
         if self.obs_dtype is np.uint8 or array.dtype.kind not in "fiub":
             raise ValueError(f"{name}: expected dtype {np.dtype(self.obs_dtype)}, got {array.dtype}")
-        return array.astype(self.obs_dtype)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused with the values
+            return array.astype(self.obs_dtype)
 
     def _vector(self, name: str, value: ArrayLike, kinds: str) -> NDArray[Any]:
         array = np.asarray(value)

@@ -34,8 +34,8 @@ Chunk = dict[str, NDArray[Any]]
 class LoadReport:
     """What was taken from a folder."""
 
-    num_stored: int  # transitions that the buffer held when it was saved
-    num_loaded: int  # transitions held after loading
+    num_stored: int  # transitions that it should hold
+    num_loaded: int  # transitions that were taken from it
     damage: str | None  # what is wrong with the folder; None = it is intact
 
 
