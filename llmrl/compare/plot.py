@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrl.compare.results import DEFAULT_RATE, REGIMES, WRONG_RATE
+from llmrl.compare.results import DEFAULT_RATE, WRONG_RATE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
         row, column = 1 + index // _COLUMNS, 2 * (index % _COLUMNS)
         _draw_losses(figure.add_subplot(grid[row, column : column + 2]), results, task)
     handles, labels = curves.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * num_columns), frameon=False)
     figure.suptitle("dashed: best of the sweep; dotted: before training; hollow: off the scale", fontsize=9)
     figure.savefig(path)
 
@@ -45,9 +45,12 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
 def _draw_scores(axes: Axes, results: Mapping[str, Any]) -> None:
     """IQM and interval of every method in every regime, the first method on top."""
     methods = list(results["aggregate"])
-    shown = [name for name in REGIMES[:2] if any(name in entry for entry in results["aggregate"].values())]
+    shown = [
+        name for name in (DEFAULT_RATE, WRONG_RATE) if any(name in entry for entry in results["aggregate"].values())
+    ]
     for offset, regime in enumerate(shown):
         marker, color = _REGIME_STYLE[regime]
+        axes.plot([], [], marker, color=color, label=f"{regime} rate")
         for place, method in enumerate(methods):
             entry = results["aggregate"][method].get(regime)
             if entry is None or entry["iqm"] is None:
@@ -55,14 +58,13 @@ def _draw_scores(axes: Axes, results: Mapping[str, Any]) -> None:
             y = place + 0.24 * (offset - (len(shown) - 1) / 2)
             if entry["ci_low"] is not None:
                 axes.plot([entry["ci_low"], entry["ci_high"]], [y, y], color=color, linewidth=2, alpha=0.6)
-            axes.plot(entry["iqm"], y, marker, color=color, label=f"{regime} rate" if place == 0 else None)
-    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
+            axes.plot(entry["iqm"], y, marker, color=color)
+    for value, style in ((0.0, ":"), (1.0, "--")):
+        axes.plot([value, value], [-0.5, len(methods) - 0.5], style, color="black", linewidth=0.8)
     axes.set_yticks(range(len(methods)), [_short(name) for name in methods])
-    axes.invert_yaxis()
+    axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_xlabel("score (IQM, 95 % interval)")
-    axes.set_title("by regime", fontsize=10)
-    axes.legend(fontsize=8, loc="best")
+    axes.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
 
 
 def _draw_score_curves(axes: Axes, results: Mapping[str, Any]) -> None:

@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from llmrl.compare.results import REGIMES
+from llmrl.compare.results import DEFAULT_RATE, WRONG_RATE
 from llmrl.run_directory import atomic_write_text
 
 
@@ -27,8 +27,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def table_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of the summary: a method a line, its scores in every regime, wins, failures and cost."""
     aggregate = results["aggregate"]
-    regimes = [name for name in REGIMES if any(name in entry for entry in aggregate.values())]
-    headings = ["method", *regimes, "beats linear", "failed", "tokens a job"]
+    regimes = [name for name in (DEFAULT_RATE, WRONG_RATE) if any(name in entry for entry in aggregate.values())]
+    titles = [f"{name} rate" for name in regimes]
+    headings = ["method", *titles, "beats linear", "failed", "tokens a job"]
     lines = []
     for method, entry in aggregate.items():
         total = entry["all"]
@@ -50,11 +51,12 @@ def print_report(results: Mapping[str, Any], console: Console | None = None) -> 
     """Prints the table and the warnings to stdout."""
     console = console or Console()
     headings, lines = table_cells(results)
-    table = Table(
-        title="score: interquartile mean, [95 % interval]\n0: before training; 1: best linear decay of a sweep"
-    )
+    table = Table(title="score: interquartile mean, [95 % interval]\n0 before training, 1 best of a sweep")
     for position, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if position == 0 else "right")
+        first = position == 0
+        # Only names of methods, which may be long paths, are wrapped.
+        justify: Literal["left", "right"] = "left" if first else "right"
+        table.add_column(heading.replace(" ", "\n", 1), justify=justify, no_wrap=not first, overflow="fold")
     for line in lines:
         table.add_row(*line, end_section=line is lines[-2])
     console.print(table)

@@ -1,13 +1,19 @@
 """Rows and aggregates of results that are made up, so that every number is known."""
 
+import io
 import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from llmrl.compare.cache import RunResult
 from llmrl.compare.methods import resolve_methods, sweep_method
 from llmrl.compare.plan import Plan, make_plan
+from llmrl.compare.plot import draw_comparison
+from llmrl.compare.report import print_report, table_cells
 from llmrl.compare.results import aggregate_rows, make_results
 from llmrl.run_directory import to_json_value
 
@@ -156,3 +162,36 @@ def test_without_factor_one_there_is_no_default_regime(make_config) -> None:
 
 def test_no_rows_add_up_to_nothing() -> None:
     assert aggregate_rows([], [])["iqm"] is None
+
+
+@pytest.mark.parametrize("num_copies", [0, 8])
+def test_every_outcome_can_be_drawn_and_told(make_config, tmp_path: Path, num_copies: int) -> None:
+    """Nothing scored, lost runs, one rate, and more tasks and methods than there is room for."""
+    config = make_config(learning_rate_factors=[1], seeds=[0])
+    results = results_of(config, lambda method, rate, seed: None if method == "constant" else 3.0)
+    for copy in range(num_copies):
+        task, method = f"task {copy}", f"runs/a/policy/far/down/in/the/folders/{copy}"
+        results["rows"] += [{**row, "task": task} for row in select(results, task="squares")]
+        results["rows"] += [{**row, "method": method} for row in select(results, method="policy")]
+        results["oracle"][task] = results["oracle"]["squares"]
+        for part in ("aggregate", "by_factor", "compute"):
+            results[part][method] = results[part]["policy"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_comparison(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    console = Console(file=io.StringIO(), width=80)
+    print_report(results, console)
+    printed = console.file.getvalue()
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert "no score" in printed
+    assert "1/2" not in printed
+    assert "2/2" in printed
+
+
+def test_the_table_tells_scores_with_their_intervals(results: dict[str, Any]) -> None:
+    headings, lines = table_cells(results)
+    assert headings[:3] == ["method", "default rate", "wrong rate"]
+    cells = {line[0]: line[1:] for line in lines}
+    assert cells["policy"] == ["1.150\n[1.100, 1.200]", "1.150\n[1.100, 1.200]", "100 %", "0/12", "100"]
+    assert cells["sweep"][-1] == "300"
