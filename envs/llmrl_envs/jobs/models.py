@@ -72,7 +72,7 @@ def load_model(
     config = _load_config(source)
     _check_kind(config, task)
     _check_length(config, task)
-    tokenizer = tokenizer or load_tokenizer(task.model)
+    tokenizer = load_tokenizer(task.model) if tokenizer is None else tokenizer
     if task.objective == "classification":
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
     model = _load_weights(source, config, task)
@@ -139,6 +139,8 @@ def _load_weights(source: ModelSource, config: Any, task: FineTuningTask) -> Any
     is_classifier = task.objective == "classification"
     loader = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
     arguments = source.arguments() | {"config": config, _dtype_argument(): torch.float32}
+    if is_classifier:
+        arguments["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
     if source.gguf_file is None:
         arguments["use_safetensors"] = True  # never a pickle, which could run code
     elif hasattr(transformers, "GgufConfig"):

@@ -120,6 +120,16 @@ def test_a_saved_classifier_knows_its_labels(make_model, tmp_path):
     assert torch.equal(logits(again), logits(loaded.model))
 
 
+def test_a_classifier_is_trained_on_or_gets_a_head_for_other_classes(make_model, tmp_path):
+    first = load(make_model("bert"), objective="classification", num_labels=2)
+    with torch.no_grad():
+        first.trainable["classifier.weight"].mul_(3.0)
+    save_model(first, tmp_path)
+    same = load(tmp_path, objective="classification", num_labels=2)
+    assert torch.equal(logits(same.model), logits(first.model))
+    assert logits(load(tmp_path, objective="classification", num_labels=5).model).shape == (2, 5)
+
+
 def test_the_built_in_model_trains():
     loaded = load("builtin")
     assert loaded.num_parameters < 500_000
