@@ -69,7 +69,9 @@ class LossTracker:
     def _update_step(self, loss: Floats, log_loss: Floats, usable: Booleans, decay: Floats) -> None:
         expected = np.where(np.isnan(self.averages[:, 1]), np.nan, np.log(np.maximum(self.averages[:, 1], _TINY)))
         z_score = (log_loss - expected) / np.maximum(self.noise(), 1e-6)
-        self.spike = np.where(usable & np.isfinite(z_score), np.maximum(self.spike, z_score), self.spike)
+        # Before the first difference the noise is not known, and any rise would look like a spike.
+        judged = usable & np.isfinite(z_score) & (self.noise_weight > 0.0)
+        self.spike = np.where(judged, np.maximum(self.spike, z_score), self.spike)
         column = loss[:, None]
         moved = np.where(np.isnan(self.averages), column, decay * self.averages + (1.0 - decay) * column)
         self.averages = np.where(usable[:, None], moved, self.averages)

@@ -57,12 +57,12 @@ def rate(schedule, step):
         ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
         ("linear", [1 / 3, 2 / 3, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]),
         ("wsd", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0]),
-        ("cosine", [1 / 3, 2 / 3, 1, 0.975528, 0.904508, 0.793893, 0.654508, 0.5, 0.345492, 0.206107, 0.095492, 0.024472, 0]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.97553, 0.90451, 0.79389, 0.65451, 0.5, 0.34549, 0.20611, 0.09549, 0.02447, 0]),
     ],
 )  # fmt: skip
 def test_base_factors_by_hand(base, expected):
     found = base_factor(base, np.arange(13), np.array(12), np.array(2))
-    assert found == pytest.approx(np.array(expected), abs=1e-6)
+    assert found == pytest.approx(np.array(expected), abs=1e-5)
 
 
 def test_without_warmup_the_first_step_is_at_the_peak():
