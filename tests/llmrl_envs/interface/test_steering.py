@@ -1,0 +1,98 @@
+"""Steering: schedule, observation and guard kept in step, and taken over when the policy fails."""
+
+import numpy as np
+import pytest
+from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.observation import ObservationSpec
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.steering import Steering
+
+MOVES = action_table("moves")
+FIVE, TWENTY = np.array([5.0]), np.array([20.0])
+
+
+def new_steering(actions="moves", *, guarded=True, lanes=1):
+    table = action_table(actions)
+    schedule = Schedule(table, np.full(lanes, 100), np.full(lanes, 1e-3))
+    return Steering(ObservationSpec(table), schedule, guarded=guarded)
+
+
+def begin(steering, make_statistics):
+    return steering.begin(make_statistics(np.zeros((1, 0)), step=np.array([0])), FIVE, TWENTY)
+
+
+def run(steering, make_statistics, levels, action="hold"):
+    updates = []
+    for level in levels:
+        steering.apply(np.array([steering.schedule.table.names.index(action)]))
+        step = steering.schedule.step + 6
+        updates.append(steering.observe(make_statistics([level] * 6, step=step)))
+    return updates
+
+
+def test_the_first_observation_knows_the_rate_and_no_losses(make_statistics):
+    steering = new_steering()
+    observation = begin(steering, make_statistics)
+    assert observation.shape == (1, steering.spec.size)
+    assert observation[0, steering.spec.names.index("has_loss")] == 0.0
+    assert steering.schedule.peak_rate()[0] == 2.5e-3 * 4.0
+
+
+def test_an_interval_moves_the_clock_the_norms_and_the_observation(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    steering.apply(np.array([MOVES.names.index("one_up")]))
+    statistics = make_statistics([2.0] * 6, step=np.array([6]), update_norm=np.array([2.5]))
+    observation = dict(zip(steering.spec.names, steering.observe(statistics).observation[0].tolist(), strict=True))
+    assert steering.schedule.step[0] == 6
+    assert steering.schedule.peak_rate()[0] == pytest.approx(2.5e-3 * 1.7 * 8.0)
+    assert observation["progress"] == pytest.approx(0.06)
+    assert observation["last_one_up"] == 1.0
+
+
+def test_a_job_at_its_best_is_worth_a_snapshot_while_it_may_roll_back(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    updates = run(steering, make_statistics, [3.0, 2.0, 2.5, 1.0])
+    assert [bool(update.at_best[0]) for update in updates] == [True, True, False, True]
+    steering.schedule.rollbacks_left[:] = 0
+    assert not run(steering, make_statistics, [0.5])[0].at_best[0]
+
+
+def test_a_table_without_rollback_asks_for_no_snapshots(make_statistics):
+    steering = new_steering("moves_only")
+    begin(steering, make_statistics)
+    assert not any(update.at_best[0] for update in run(steering, make_statistics, [3.0, 2.0, 1.0]))
+
+
+def test_a_failing_policy_is_overruled_once_and_for_good(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    updates = run(steering, make_statistics, [3.0, 2.0, 1.0, 2.5, 2.5, 2.5, 2.5, 2.5])
+    assert [bool(update.fell_back[0]) for update in updates] == [False] * 5 + [True] + [False] * 2
+    rates = [float(steering.schedule.learning_rate(np.array([step]))[0]) for step in (50, 75, 100)]
+    assert rates[1] == pytest.approx(rates[0] / 2)
+    assert rates[2] == 0.0
+    assert steering.schedule.mask()[0].sum() == 1
+
+
+def test_an_unguarded_job_is_left_to_the_policy(make_statistics):
+    steering = new_steering(guarded=False)
+    begin(steering, make_statistics)
+    updates = run(steering, make_statistics, [3.0, 2.0, 1.0] + [2.5] * 6)
+    assert not any(update.fell_back[0] for update in updates)
+    assert not steering.schedule.fallen_back[0]
+
+
+def test_a_restored_steering_goes_on_as_if_never_interrupted(make_statistics):
+    first, second = new_steering(), new_steering()
+    begin(first, make_statistics)
+    run(first, make_statistics, [3.0, 1.0, 2.5, 2.5], action="one_up")
+    second.load_state_dict(first.state_dict())
+    updates = [run(each, make_statistics, [2.5, 2.4, 0.5], action="one_down") for each in (first, second)]
+    for one, other in zip(*updates, strict=True):
+        np.testing.assert_array_equal(one.observation, other.observation)
+        assert (one.at_best[0], one.fell_back[0]) == (other.at_best[0], other.fell_back[0])
+    assert updates[0][0].fell_back[0]
+    for name, value in first.state_dict().items():
+        np.testing.assert_array_equal(value, second.state_dict()[name], err_msg=name)
