@@ -61,6 +61,7 @@ class ScheduleController:
         capabilities: Update choices that the host can carry out.
         agree: Makes the processes of a job agree on the first one's action; None for a single process.
         guarded: Fall back to linear decay when the job loses too much.
+        intervals: Optimizer steps between decisions; None takes `decision_intervals(total_steps)`.
     """
 
     def __init__(
@@ -73,9 +74,12 @@ class ScheduleController:
         capabilities: frozenset[UpdateChoice] = frozenset(UpdateChoice),
         agree: Callable[[int], int] | None = None,
         guarded: bool = True,
+        intervals: tuple[int, ...] | None = None,
     ) -> None:
         self.policy = policy
-        self.intervals = decision_intervals(total_steps)
+        self.intervals = decision_intervals(total_steps) if intervals is None else intervals
+        if sum(self.intervals) != total_steps or min(self.intervals) < 1:
+            raise ValueError(f"intervals: expected positive lengths that add up to {total_steps}, got {self.intervals}")
         self.schedule = Schedule(
             policy.table,
             np.array([total_steps]),

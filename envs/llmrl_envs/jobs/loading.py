@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class JobLibrary:
         self.device = resolve_device(device)
         self._models: dict[str, tuple[LoadedModel, dict[str, Tensor]]] = {}
         self._data: dict[str, TaskData] = {}
+        self._tokenizers: dict[str, Any] = {}
         self.curves: dict[str, tuple[float, ...]] = {}
 
     def job(self, task: FineTuningTask) -> Job:
@@ -91,13 +92,16 @@ class JobLibrary:
             UserError: Model or data cannot be loaded or do not fit the task.
         """
         data_key = task.model_dump_json(include=set(_DATA_KEYS))
-        data = _once(self._data, data_key, lambda: load_task_data(task, load_tokenizer(task.model)))
+        tokenizer = _once(self._tokenizers, task.model, lambda: load_tokenizer(task.model))
+        data = _once(self._data, data_key, lambda: load_task_data(task, tokenizer))
         model_key = task.model_dump_json(include=set(_MODEL_KEYS)) + str(data.num_labels)
-        loaded, initial = _once(self._models, model_key, lambda: self._load(task, data.num_labels))
+        loaded, initial = _once(self._models, model_key, lambda: self._load(task, data.num_labels, tokenizer))
         return Job(task, loaded, data, self.device, initial)
 
-    def _load(self, task: FineTuningTask, num_labels: int | None) -> tuple[LoadedModel, dict[str, Tensor]]:
-        loaded = load_model(task, num_labels=num_labels, device=self.device)
+    def _load(
+        self, task: FineTuningTask, num_labels: int | None, tokenizer: Any
+    ) -> tuple[LoadedModel, dict[str, Tensor]]:
+        loaded = load_model(task, num_labels=num_labels, device=self.device, tokenizer=tokenizer)
         return loaded, {name: parameter.detach().clone() for name, parameter in loaded.trainable.items()}
 
 

@@ -1,0 +1,49 @@
+"""What the benchmarks share: the machine, the versions, ratios with intervals, and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+PACKAGES = ("llmrl", "torch", "transformers", "peft", "accelerate", "gymnasium", "numpy")
+_RESAMPLES = 2000
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, threads and device."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": device,
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's version and those of the packages that matter."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def median_ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Ratio of the medians of paired measurements, with a 95 % bootstrap interval over the pairs."""
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(len(numerator), size=(_RESAMPLES, len(numerator)))
+    resampled = np.median(numerator[pairs], axis=1) / np.median(denominator[pairs], axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(np.median(numerator) / np.median(denominator)), float(low), float(high)
+
+
+def write_report(report: dict[str, Any], output: Path) -> None:
+    """Writes the report as JSON and prints its ratios."""
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report["ratios"], indent=2))
