@@ -40,8 +40,13 @@ FORMAT_VERSION = 1
 class Agent(Protocol):
     """What a training loop needs of an agent; every array has the environments E as its leading dimension."""
 
-    env_steps: int
-    learner_steps: int
+    @property
+    def env_steps(self) -> int:
+        """Transitions observed."""
+
+    @property
+    def learner_steps(self) -> int:
+        """Updates done."""
 
     def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
         """Actions [E] for observations [E, *obs_shape] among those available in mask [E, A]."""

@@ -12,7 +12,7 @@ def hub_is_reachable() -> bool:
     cached model or a misspelt path should not wait for that. False too where `HF_HUB_OFFLINE` is set.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+    from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
