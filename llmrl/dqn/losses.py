@@ -10,6 +10,7 @@ Shape letters: B batch, A actions. Value distributions are in `distributional.py
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -124,9 +125,7 @@ def huber(
 
     Huber 1964, https://doi.org/10.1214/aoms/1177703732; its gradient is the clipped TD error of Mnih et al. 2015.
     """
-    size = td_error.abs()
-    inside = size.clamp(max=delta)
-    return inside * (size - 0.5 * inside)
+    return F.huber_loss(td_error, torch.zeros_like(td_error), reduction="none", delta=delta)
 
 
 def squared(
