@@ -5,6 +5,8 @@ Writes config.yaml, schedule.jsonl (a row a decision, as it happens), schedule.p
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +72,10 @@ def finetune(
             validate=True,
             on_decision=_announce(recorder, advance),
         )
-    summary = summarise(config, chosen, rate, result, context.world_size)
+    digests = [schedule_digest(result)]
+    if isinstance(context, AcceleratorContext):
+        digests = context.gather_texts(digests[0])
+    summary = summarise(config, chosen, rate, result, digests)
     if recorder is not None:
         if config.save_model:
             save_model(job.loaded, output / "model", job.data.label_names)
@@ -107,9 +112,9 @@ def _announce(
 
 
 def summarise(
-    config: FinetuneConfig, policy: SchedulePolicy, rate: float, result: JobResult, num_processes: int
+    config: FinetuneConfig, policy: SchedulePolicy, rate: float, result: JobResult, schedule_digests: list[str]
 ) -> dict[str, Any]:
-    """What `summary.json` holds."""
+    """What `summary.json` holds; `schedule_digests` are those of every process, and must not differ."""
     return {
         "task": config.task.name,
         "method": policy.name,
@@ -117,7 +122,8 @@ def summarise(
         "learning_rate": rate,
         "steps": config.task.steps,
         "num_decisions": len(result.records),
-        "num_processes": num_processes,
+        "num_processes": len(schedule_digests),
+        "schedule_digests": schedule_digests,
         "loss_initial": result.initial.loss,
         "loss_test": result.final.loss,
         "accuracy_initial": result.initial.accuracy,
@@ -131,6 +137,12 @@ def summarise(
         "skipped_steps": sum(record.events.get("skipped_steps", 0) for record in result.records),
         "fell_back": any("fallback" in record.events for record in result.records),
     }
+
+
+def schedule_digest(result: JobResult) -> str:
+    """A digest of every action and learning rate of a job; equal schedules have equal digests."""
+    rows = [[record.decision.action, record.step, record.learning_rate.hex()] for record in result.records]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def decision_row(record: DecisionRecord, names: tuple[str, ...], actions: tuple[str, ...]) -> dict[str, Any]:

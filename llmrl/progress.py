@@ -14,7 +14,7 @@ def make_progress(*columns: str, enabled: bool = True) -> Progress:
     """A progress bar with time used and time left, on stderr, and the task fields named in `columns`."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         *(TextColumn(column) for column in columns),
         TimeElapsedColumn(),

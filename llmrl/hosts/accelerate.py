@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from torch import Tensor, nn
 
@@ -57,6 +57,11 @@ class AcceleratorContext:
         """The first process's action, on every process."""
         value = torch.tensor([action], dtype=torch.int64, device=self.device)
         return int(broadcast(value, from_process=0).item())
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every process's text, in the order of their ranks."""
+        gathered: list[str] = gather_object([text])
+        return gathered
 
     def barrier(self) -> None:
         """Waits for the other processes."""

@@ -18,13 +18,13 @@ class TrainingStatus:
 
     Args:
         total_decisions: Where the bar ends.
-        is_schedule: The environment's score compares with a linear decay.
+        is_schedule: The environment's score compares with a linear decay (1 is as good).
     """
 
     def __init__(self, total_decisions: int, *, is_schedule: bool) -> None:
-        columns = ["ep {task.fields[episodes]}", "return {task.fields[mean_return]}"]
+        columns = ["ep {task.fields[episodes]}", "ret {task.fields[mean_return]}"]
         if is_schedule:
-            columns += ["vs linear {task.fields[score]}", "greedy {task.fields[greedy]}"]
+            columns += ["score {task.fields[score]}", "greedy {task.fields[greedy]}"]
         columns += ["eps {task.fields[epsilon]}", "loss {task.fields[loss]}"]
         self._progress = make_progress(*columns)
         self._bar: TaskID = self._progress.add_task(
