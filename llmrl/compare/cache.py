@@ -127,6 +127,9 @@ def run_key(
 ) -> str:
     """Name of a run: equal for equal runs, whatever the task is called and wherever the policy lies.
 
+    The versions of the package, of torch and of Python (whose library the built-in corpora are cut from) are part of
+    it; an edit of the package's own code under the same version is not seen.
+
     Args:
         task: The job; its name and its default rate change nothing in a run.
         fingerprints: Of the files that it reads.
