@@ -92,6 +92,8 @@ class DQNAgent:
         obs_dtype: float32, or uint8 for images.
         device: Where the networks live; "auto" is CUDA where there is one.
         metadata: What observations and actions mean (hashes); experience is only merged where it agrees.
+        rank: Number of the process where several learn together: all start from the same network, and each explores
+            and samples differently. They also need `learner.average_gradient`.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class DQNAgent:
         obs_dtype: type[np.generic] = np.float32,
         device: str = "cpu",
         metadata: dict[str, Any] | None = None,
+        rank: int = 0,
     ) -> None:
         self.config = config
         self.num_envs, self.num_actions, self.obs_shape = num_envs, num_actions, tuple(obs_shape)
-        network_seed, explore_seed, sample_seed = np.random.SeedSequence(config.seed).generate_state(3, np.uint64)
-        generator = torch.Generator().manual_seed(int(network_seed >> np.uint64(1)))
+        network_seed = int(np.random.SeedSequence(config.seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        explore_seed, sample_seed = np.random.SeedSequence(config.seed, spawn_key=(rank,)).spawn(2)
+        generator = torch.Generator().manual_seed(network_seed)
         self.learner = Learner(config, config.network(self.obs_shape, num_actions), generator, resolve_device(device))
         self.exploration = make_exploration(config, num_envs, np.random.default_rng(explore_seed))
         self._sample_rng = np.random.default_rng(sample_seed)

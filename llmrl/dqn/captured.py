@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from llmrl.dqn.learner import Learner, TensorBatch
+    from llmrl.dqn.learner import Learner
+    from llmrl.dqn.td_loss import TensorBatch
 
 Measured = tuple[Tensor, Tensor, Tensor, Tensor]  # mean loss [], priority [B], mean value [], gradient norm []
 
@@ -21,8 +22,9 @@ WARM_UP_STEPS = 3  # libraries allocate their workspaces in the first few; none 
 
 
 def can_capture(learner: Learner) -> bool:
-    """Whether the update of a learner can be recorded: on CUDA, with the optimizer that can skip on the device."""
-    return learner.device.type == "cuda" and learner.config.optimizer == "adam"
+    """Whether an update can be recorded: on CUDA, in one process, with the optimizer that can skip on the device."""
+    alone = learner.average_gradient is None
+    return alone and learner.device.type == "cuda" and learner.config.optimizer == "adam"
 
 
 def step_without_branches(learner: Learner, batch: TensorBatch) -> Measured:

@@ -1,7 +1,8 @@
 """One update of the Q-network from one batch of transitions.
 
     learner = Learner(config, config.network((4,), 2), torch.Generator().manual_seed(0))
-    result = learner.update(replay.sample(config.batch_size, rng, learner.n_step, learner.gamma))
+    batch = replay.sample(config.batch_size, rng, n_step=learner.n_step, gamma=learner.gamma)
+    result = learner.update(batch)
     replay.update_priorities(batch.index, batch.generation, result.priorities())
 
 The learner owns both networks, the optimizer and the generator of noise and resets; it knows no environment. On a
@@ -11,45 +12,25 @@ CUDA device the same arithmetic runs as one captured graph, see `captured.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmrl.dqn import distributional, losses
+from llmrl.dqn import losses
 from llmrl.dqn.captured import CapturedUpdate, Measured, can_capture
 from llmrl.dqn.config import DQNConfig, NetworkConfig
 from llmrl.dqn.flat import FlatParameters, update_target
 from llmrl.dqn.networks import QNetwork
 from llmrl.dqn.replay import Batch
 from llmrl.dqn.schedules import geometric, linear
+from llmrl.dqn.td_loss import TensorBatch, elementwise_loss
 
 # `QNetwork.prefer` lifts the default action by this much: enough to win ties, too little to hide what is learned.
 DEFAULT_ACTION_LEAD = 0.01
-
-
-class TensorBatch(NamedTuple):
-    """A batch on the learner's device."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    discount: Tensor
-    next_obs: Tensor
-    mask: Tensor
-    next_mask: Tensor
-    weight: Tensor
-
-    @classmethod
-    def from_numpy(cls, batch: Batch, device: torch.device) -> TensorBatch:
-        """Wraps the arrays without a copy on the CPU, copies them elsewhere."""
-        tensors = (torch.from_numpy(getattr(batch, name)) for name in cls._fields)
-        if device.type == "cpu":
-            return cls(*tensors)
-        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -77,62 +58,6 @@ class UpdateResult:
         }
 
 
-def elementwise_loss(
-    config: DQNConfig, online: QNetwork, target: QNetwork, batch: TensorBatch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [B], priority [B] and value of the action taken [B]; gradients flow through `online(batch.obs)` alone."""
-    outputs = online(batch.obs)
-    with torch.no_grad():
-        target_outputs = target(batch.next_obs)
-        selector = online(batch.next_obs) if config.double and not config.munchausen else target_outputs
-    if config.head != "expected":
-        return _distribution_loss(config, online, batch, outputs, selector, target_outputs)
-    if config.munchausen:
-        with torch.no_grad():
-            previous = target(batch.obs)
-        td_error = losses.munchausen_td_error(
-            outputs, batch.action, batch.reward, batch.discount, previous, target_outputs,
-            config.munchausen_temperature, config.munchausen_scale, config.munchausen_clip, batch.mask, batch.next_mask,
-        )  # fmt: skip
-    elif config.double:
-        td_error = losses.double_q_td_error(
-            outputs, batch.action, batch.reward, batch.discount, selector, target_outputs, batch.next_mask
-        )
-    else:
-        td_error = losses.q_learning_td_error(
-            outputs, batch.action, batch.reward, batch.discount, target_outputs, batch.next_mask
-        )
-    loss = losses.huber(td_error, config.huber_delta) if config.loss == "huber" else losses.squared(td_error)
-    if config.conservative_weight:
-        loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action, batch.mask)
-    detached = td_error.detach()
-    return loss, detached.abs(), losses.select(outputs.detach(), batch.action)
-
-
-def _distribution_loss(
-    config: DQNConfig, online: QNetwork, batch: TensorBatch, outputs: Tensor, selector: Tensor, target_outputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`elementwise_loss` of the categorical and the quantile head; outputs are [B, A, K]."""
-    with torch.no_grad():
-        next_action = losses.greedy_action(online.values(selector), batch.next_mask)
-        next_distribution = losses.select(target_outputs, next_action)
-        values = online.values(outputs)
-    taken = losses.select(outputs, batch.action)
-    if config.head == "categorical":
-        probabilities = torch.softmax(next_distribution, dim=1)
-        loss = distributional.categorical_td_loss(taken, online.atoms, batch.reward, batch.discount, probabilities)
-    else:
-        midpoints = distributional.quantile_midpoints(config.num_quantiles, outputs.device)
-        loss = distributional.quantile_td_loss(
-            taken, midpoints, batch.reward, batch.discount, next_distribution, config.huber_delta
-        )
-    priority = loss.detach()
-    if config.conservative_weight:
-        expected = online.values(outputs)
-        loss = loss + config.conservative_weight * losses.conservative_penalty(expected, batch.action, batch.mask)
-    return loss, priority, losses.select(values, batch.action)
-
-
 class Learner:
     """Online and target network, optimizer, and the update that connects them.
 
@@ -141,6 +66,11 @@ class Learner:
         network_config: Shape of the network, from `config.network`.
         generator: CPU generator of the initial weights, noise and resets; the learner goes on using it.
         device: Where the networks live.
+
+    Attributes:
+        average_gradient: Where several processes learn together: averages the vector of all gradients over them, in
+            place. Processes that start from the same generator then hold the same network, bit for bit; a gradient
+            that is not finite in one of them is skipped in all.
     """
 
     def __init__(
@@ -150,6 +80,7 @@ class Learner:
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.average_gradient: Callable[[Tensor], None] | None = None
         self.config = config
         self.network_config = network_config
         self.generator = generator
@@ -227,6 +158,8 @@ class Learner:
         loss, priority, value = elementwise_loss(self.config, self.online, self.target, batch)
         mean_loss = losses.weighted_mean(loss, batch.weight)
         mean_loss.backward()  # type: ignore[no-untyped-call]
+        if self.average_gradient is not None:
+            self.average_gradient(self.parameters.gradient)
         norm = torch.linalg.vector_norm(self.parameters.gradient)
         return mean_loss.detach(), priority, value.mean(), norm
 

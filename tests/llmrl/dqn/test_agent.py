@@ -102,6 +102,16 @@ def test_no_agent_takes_an_action_that_is_not_available(kind: Any) -> None:
         learning.act(obs, np.array([[True] * 4, [False] * 4]), explore=False)
 
 
+def test_ranks_share_the_network_and_nothing_else() -> None:
+    config = DQNConfig(**FAST)
+    first, second = (
+        DQNAgent(config, num_envs=NUM_ENVS, obs_shape=(NUM_OBS,), num_actions=NUM_ACTIONS, rank=rank) for rank in (0, 1)
+    )
+    assert torch.equal(first.learner.parameters.values, second.learner.parameters.values)
+    actions = [[action for action, _ in World(0).play(each, 5)] for each in (first, second)]
+    assert actions[0] != actions[1]
+
+
 def test_greedy_acting_does_not_depend_on_or_move_any_generator() -> None:
     learning = agent(noisy=True)
     World(0).play(learning, 30)

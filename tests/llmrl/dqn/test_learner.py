@@ -10,8 +10,9 @@ import torch
 
 from llmrl.dqn.captured import step_without_branches
 from llmrl.dqn.config import DQNConfig
-from llmrl.dqn.learner import Learner, TensorBatch
+from llmrl.dqn.learner import Learner
 from llmrl.dqn.replay import Batch
+from llmrl.dqn.td_loss import TensorBatch
 
 NUM_OBS, NUM_ACTIONS = 4, 6
 VARIANTS: list[dict[str, Any]] = [
@@ -173,6 +174,26 @@ def test_the_captured_update_is_the_eager_one(changes: dict[str, Any], monkeypat
             results.append(eager.update(data))
         assert results[0].skipped == results[1].skipped == (step % 10 == 3)
         torch.testing.assert_close(captured.parameters.values, eager.parameters.values, rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_gradients_are_those_of_all_batches_together() -> None:
+    ranks = [learner(max_grad_norm=None), learner(max_grad_norm=None)]
+    parts = [batch(1), batch(2)]
+    gradients = []
+    for rank, part in zip(ranks, parts, strict=True):
+        rank.backward(TensorBatch.from_numpy(part, rank.device))
+        gradients.append(rank.parameters.gradient.clone())
+    mean = (gradients[0] + gradients[1]) / 2
+    for rank, part in zip(ranks, parts, strict=True):
+        rank.average_gradient = lambda gradient: gradient.copy_(mean)
+        rank.update(part)
+    assert torch.equal(ranks[0].parameters.values, ranks[1].parameters.values)
+    both = changed(
+        parts[0], **{name: np.concatenate([getattr(p, name) for p in parts]) for name in TensorBatch._fields}
+    )
+    alone = learner(max_grad_norm=None)
+    alone.backward(TensorBatch.from_numpy(both, alone.device))
+    torch.testing.assert_close(alone.parameters.gradient, mean)
 
 
 def test_the_target_network_is_copied_once_a_period() -> None:
