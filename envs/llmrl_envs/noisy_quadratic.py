@@ -61,7 +61,8 @@ class NoisyQuadraticEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     Args:
         distribution: A `QuadraticDistribution`, or the mapping that makes one.
         actions: Name of the action table.
-        observation: Arguments of `ObservationSpec`: `stack`.
+        observation: `stack`; `feature_dropout`, the probability that a job withholds a feature group; and
+            `validation_visible`, the probability that it shows its expected loss as a validation loss.
         reward: Arguments of `RewardSpec`; the loss is exact, so averaging and a baseline are refused.
         schedule: Arguments of `ScheduleSettings`.
         render_mode: "rgb_array" or "ansi".
@@ -86,6 +87,7 @@ class NoisyQuadraticEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._episodes = QuadraticEpisodes(1, self.distribution, actions, observation, reward, schedule)
         self.table = self._episodes.table
         self.observation_spec = self._episodes.observation_spec
+        self.schedule_settings = self._episodes.schedule_settings
         self.observation_space, self.action_space = _spaces(self._episodes)
         self._running = False
         self._history: ScheduleHistory | None = None
@@ -176,7 +178,7 @@ class NoisyQuadraticVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], 
         num_envs: E.
         distribution: As for `NoisyQuadraticEnv`, like the other arguments.
         actions: Name of the action table.
-        observation: Arguments of `ObservationSpec`.
+        observation: `stack`, `feature_dropout`, `validation_visible`.
         reward: Arguments of `RewardSpec`.
         schedule: Arguments of `ScheduleSettings`.
     """
@@ -203,6 +205,7 @@ class NoisyQuadraticVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], 
         self._episodes = QuadraticEpisodes(num_envs, self.distribution, actions, observation, reward, schedule)
         self.table = self._episodes.table
         self.observation_spec = self._episodes.observation_spec
+        self.schedule_settings = self._episodes.schedule_settings
         self.single_observation_space, self.single_action_space = _spaces(self._episodes)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

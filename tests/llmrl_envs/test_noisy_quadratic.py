@@ -279,6 +279,25 @@ def test_given_jobs_are_run_first() -> None:
         single.reset(options={"job": 1})
 
 
+def test_jobs_withhold_feature_groups_and_show_the_loss_as_asked() -> None:
+    def flags(**observation: object) -> dict[str, np.ndarray]:
+        env = NoisyQuadraticVectorEnv(300, {**SHORT, "log10_rate_error": (0.0, 0.0)}, observation=observation)
+        env.reset(seed=0)
+        obs = env.step(np.full(300, env.table.hold))[0]
+        return {name: obs[:, place] for place, name in enumerate(env.observation_spec.names) if name.startswith("has_")}
+
+    shown = flags()
+    assert {name: values.mean() for name, values in shown.items()} == {
+        "has_loss": 1.0, "has_gradient": 1.0, "has_update": 1.0, "has_direction": 1.0, "has_validation": 0.0,
+    }  # fmt: skip
+    withheld = flags(feature_dropout=0.3, validation_visible=0.5)
+    assert withheld["has_loss"].all()
+    for name in ("has_gradient", "has_update", "has_direction"):
+        assert withheld[name].mean() == pytest.approx(0.7, abs=0.1)
+    assert withheld["has_validation"].mean() == pytest.approx(0.5, abs=0.1)
+    assert not np.array_equal(withheld["has_gradient"], withheld["has_update"])
+
+
 def test_render() -> None:
     env = NoisyQuadraticEnv(SHORT, render_mode="ansi")
     env.reset(seed=0)

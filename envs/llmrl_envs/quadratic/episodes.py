@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
-from llmrl_envs.interface.observation import ObservationSpec
+from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TrainingStatistics
@@ -21,6 +21,7 @@ from llmrl_envs.quadratic.jobs import QuadraticJobs
 from llmrl_envs.quadratic.model import NoisyQuadratics, QuadraticDistribution
 
 _CAPABILITIES = frozenset({UpdateChoice.NONE, UpdateChoice.ROLLBACK, UpdateChoice.COOLDOWN})
+_LOSS, _VALIDATION = GROUPS.index(FeatureGroup.LOSS), GROUPS.index(FeatureGroup.VALIDATION)
 _MOST_DECISIONS = 64
 """`decision_intervals` never gives more than 50."""
 _HIGHEST_LOSS = 1e12
@@ -51,7 +52,8 @@ class QuadraticEpisodes:
         num_envs: E.
         distribution: Gives the dimension and the longest budget.
         actions: Name of the action table.
-        observation: Arguments of `ObservationSpec` after the table.
+        observation: `stack` of `ObservationSpec`; `feature_dropout`, the probability that a job withholds a feature
+            group; and `validation_visible`, the probability that it shows its expected loss as a validation loss.
         reward: Arguments of `RewardSpec`.
         schedule: Arguments of `ScheduleSettings`.
     """
@@ -67,9 +69,12 @@ class QuadraticEpisodes:
     ) -> None:
         self.num_envs = num_envs
         self.table = action_table(actions)
-        self.observation_spec = ObservationSpec(self.table, **(observation or {}))
+        shown = {"feature_dropout": 0.0, "validation_visible": 0.0, **(observation or {})}
+        self._feature_dropout = float(shown.pop("feature_dropout"))
+        self._validation_visible = float(shown.pop("validation_visible"))
+        self.observation_spec = ObservationSpec(self.table, **shown)
         self.reward_spec = _without_noise(RewardSpec(**(reward or {})))
-        self._settings = ScheduleSettings(**(schedule or {}))
+        self.schedule_settings = ScheduleSettings(**(schedule or {}))
         self._can_roll_back = any(action.choice is UpdateChoice.ROLLBACK for action in self.table.actions)
         self.jobs = QuadraticJobs(num_envs, distribution.dimension, distribution.total_steps[1])
         self._steering = self._new_steering(np.arange(num_envs))
@@ -94,7 +99,7 @@ class QuadraticEpisodes:
         self._diverged[lanes] = False
         self._begin_rewards(lanes, quadratics)
         fresh = self._new_steering(lanes)
-        obs = fresh.begin(self.jobs.initial_statistics(lanes), *self.jobs.norms(lanes))
+        obs = fresh.begin(self.jobs.initial_statistics(lanes), *self.jobs.norms(lanes), self._hidden(lanes))
         if len(lanes) == self.num_envs:
             self._steering = fresh
         else:
@@ -114,7 +119,7 @@ class QuadraticEpisodes:
         num_steps = self._intervals[np.arange(self.num_envs), self._decision]
         places: Integers = np.arange(int(num_steps.max()))
         rates = schedule.learning_rate(schedule.step + places[:, None])
-        statistics = self.jobs.run_interval(num_steps, rates)
+        statistics = self._with_validation(self.jobs.run_interval(num_steps, rates))
         update = self._steering.observe(statistics)
         if self._can_roll_back:
             self.jobs.mark_best(update.at_best)
@@ -143,6 +148,23 @@ class QuadraticEpisodes:
             "diverged": self._diverged.copy(),
         }
 
+    # -- what is shown --------------------------------------------------------------------------------------------
+
+    def _hidden(self, lanes: Integers) -> Booleans:  # [len(lanes), G]
+        """Feature groups that the jobs withhold; never the losses, and the validation loss unless it is to be seen."""
+        draws = self.jobs.visibility[lanes]
+        hidden = draws < self._feature_dropout
+        hidden[:, _LOSS] = False
+        hidden[:, _VALIDATION] = draws[:, _VALIDATION] >= self._validation_visible
+        return np.asarray(hidden)
+
+    def _with_validation(self, statistics: TrainingStatistics) -> TrainingStatistics:
+        if self._validation_visible == 0.0:
+            return statistics
+        shown = self.jobs.visibility[:, _VALIDATION] < self._validation_visible
+        loss = np.fmin(self.jobs.expected_loss(), _HIGHEST_LOSS)
+        return replace(statistics, validation_loss=np.where(shown, loss, np.nan))
+
     # -- rewards --------------------------------------------------------------------------------------------------
 
     def _begin_rewards(self, lanes: Integers, quadratics: NoisyQuadratics) -> None:
@@ -169,10 +191,8 @@ class QuadraticEpisodes:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def _new_steering(self, lanes: Integers) -> Steering:
-        quadratics = self.jobs.quadratics
-        schedule = Schedule(
-            self.table, quadratics.total_steps[lanes], quadratics.given_rate[lanes], self._settings, _CAPABILITIES
-        )
+        budgets, rates = self.jobs.quadratics.total_steps[lanes], self.jobs.quadratics.given_rate[lanes]
+        schedule = Schedule(self.table, budgets, rates, self.schedule_settings, _CAPABILITIES)
         return Steering(self.observation_spec, schedule)
 
     _STATE = ("intervals", "decision", "action", "log_loss", "initial", "scale", "limit", "floor", "return", "diverged")

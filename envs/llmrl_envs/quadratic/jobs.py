@@ -10,7 +10,7 @@ closed-form moments of a mini-batch, so that a policy sees the noise of real tra
   negative where the rate is too high: E[g_t g_{t-1}] = sum_i h_i^2 (1 - u_i) A_i - eta h_i noise h_i;
 - signal to noise: ||E g|| / sqrt(E ||g||^2).
 
-There is no validation loss, no clipping, and no step that is skipped.
+No step is clipped or skipped, and the validation loss is left to whoever wants to show the expected loss as one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrl_envs.interface.observation import GROUPS
 from llmrl_envs.interface.statistics import Floats, Integers, TrainingStatistics, TuningMode, empty_statistics
 from llmrl_envs.quadratic.model import NoisyQuadratics, sum_rows
 
@@ -48,6 +49,8 @@ class QuadraticJobs:
         self._curvature: Floats = np.ones((dimension, num_jobs))
         self._trace: Floats = np.ones(num_jobs)
         self._trace_square: Floats = np.ones(num_jobs)
+        # Uniform numbers that decide which groups of features a job withholds.
+        self.visibility: Floats = np.zeros((num_jobs, len(GROUPS)))
         # Standard normals for the loss and the gradient norm of every step; single precision is ample for noise.
         self._draws: NDArray[np.float32] = np.zeros((num_jobs, 2, longest), np.float32)
 
@@ -76,6 +79,7 @@ class QuadraticJobs:
         for lane in lanes:
             count = int(self.quadratics.total_steps[lane])
             generator = np.random.Generator(np.random.PCG64(int(self.quadratics.seed[lane])))
+            self.visibility[lane] = generator.random(len(GROUPS))
             self._draws[lane, :, :count] = generator.standard_normal((2, count), np.float32)
 
     def expected_loss(self) -> Floats:

@@ -230,4 +230,5 @@ def expected_losses(quadratics: NoisyQuadratics, learning_rates: Floats) -> Floa
             shrink = curvature * rate
             moments = (1.0 - shrink) ** 2 * moments + shrink**2
             sums[step + 1] = moments.sum(axis=0)
-    return np.asarray(quadratics.floor + 0.5 * quadratics.noise * np.nan_to_num(sums, nan=np.inf, posinf=np.inf))
+        losses = quadratics.floor + 0.5 * quadratics.noise * sums
+    return np.nan_to_num(losses, nan=np.inf, posinf=np.inf)
