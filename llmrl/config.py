@@ -21,6 +21,10 @@ from llmrl.dqn.config import PRESETS, DQNConfig, PresetName
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
 
+_UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device")}
+_UNREAD_ELSEWHERE = ("tasks", "device", "actions", "observation", "reward", "schedule")
+"""Keys of `env` that an environment has no use for, so that giving them is a mistake."""
+
 Device: TypeAlias = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 WandbMode: TypeAlias = Literal["offline", "online", "disabled"]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0.0)]
@@ -87,13 +91,12 @@ class EnvConfig(Settings):
         id: A Gymnasium id. Ids of this package and of `gymnasium` itself need no import; others may be written
             `module:id`.
         population: Environments that are stepped together.
-        tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere.
+        tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere. Other keys that an environment
+            does not read are refused as well.
         actions: Name of the action table: moves, moves_only, levels, factors.
         observation: What the policy sees.
         reward: How the reward is made.
         schedule: What an action changes.
-        level_norm: What a level of a LoRA job refers to: `effective`, the change of the adapted weights, or
-            `adapters`, that of the adapters themselves.
         device: Where the jobs run; `auto` is a GPU when there is one.
         kwargs: Passed to the constructor of any other environment.
     """
@@ -105,7 +108,6 @@ class EnvConfig(Settings):
     observation: ObservationConfig = ObservationConfig()
     reward: RewardConfig = RewardConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    level_norm: Literal["effective", "adapters"] = "effective"
     device: Device = "auto"
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -118,10 +120,13 @@ class EnvConfig(Settings):
     def _check_what_the_environment_reads(self) -> EnvConfig:
         if self.id == FINE_TUNING_ID and self.tasks is None:
             raise ValueError(f"{FINE_TUNING_ID} needs env.tasks.tasks: a list of at least one task")
-        if self.id == FINE_TUNING_ID and self.kwargs:
-            raise ValueError(f"env.kwargs is for other environments; {FINE_TUNING_ID} is configured by env itself")
-        if self.id != FINE_TUNING_ID and self.tasks is not None:
-            raise ValueError(f"env.tasks belongs to {FINE_TUNING_ID}; {self.id} does not read it")
+        unread = _UNREAD.get(self.id, _UNREAD_ELSEWHERE)
+        fields = type(self).model_fields
+        changed = [
+            name for name in unread if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
+        if changed:
+            raise ValueError(f"{self.id} does not read {', '.join(f'env.{name}' for name in changed)}")
         return self
 
 
