@@ -30,11 +30,13 @@ class LowRankPair:
         a: [r, in].
         b: [out, r].
         scaling: alpha / r.
+        weight_norm: Norm of the weight that the adapter adapts.
     """
 
     a: Parameter
     b: Parameter
     scaling: float
+    weight_norm: float
 
 
 class StatisticsRecorder:
@@ -51,7 +53,6 @@ class StatisticsRecorder:
         trainable_fraction: Trained parameters over all parameters.
         capacity_steps: Longest interval.
         pairs: LoRA adapters whose effective weight change is measured; empty for plain parameters.
-        adapted_weight_norm: Norm of the weights that `pairs` adapt; used with `pairs`.
     """
 
     def __init__(
@@ -63,7 +64,6 @@ class StatisticsRecorder:
         trainable_fraction: float,
         capacity_steps: int,
         pairs: Sequence[LowRankPair] = (),
-        adapted_weight_norm: float = 0.0,
     ) -> None:
         self._optimizer = optimizer
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -71,7 +71,6 @@ class StatisticsRecorder:
         self._trainable_fraction = trainable_fraction
         self._pairs = tuple(pairs)
         self._paired = {id(part) for pair in pairs for part in (pair.a, pair.b)}
-        self._adapted_weight_norm = adapted_weight_norm
         self._steps = torch.zeros(capacity_steps, 2, device=device)
         self._probes = torch.full((_NUM_PROBES,), float("nan"), device=device)
         self._learning_rates: list[float] = []
@@ -121,10 +120,9 @@ class StatisticsRecorder:
                 return
             weights = [torch.dot(p.detach().reshape(-1), p.detach().reshape(-1)) for p in plain]
             weight_square = torch.stack(weights).sum() if weights else torch.zeros((), device=self._probes.device)
-            if self._pairs:
-                weight_square = weight_square + self._adapted_weight_norm**2
+            adapted_square = sum(pair.weight_norm**2 for pair in pairs)
             self._probes[1] = torch.stack(updates).sum().sqrt()
-            self._probes[2] = weight_square.sqrt()
+            self._probes[2] = (weight_square + adapted_square).sqrt()
             self._probes[3] = moments.signal_to_noise()
 
     def collect(
@@ -185,8 +183,7 @@ class StatisticsRecorder:
         weight = float(sum(float(p.detach().double().square().sum()) for p in plain))
         for pair in self._pairs:
             update += pair.scaling**2 * len(pair.b) * float(pair.a.detach().double().square().sum())
-        if self._pairs:
-            weight += self._adapted_weight_norm**2
+            weight += pair.weight_norm**2
         return update**0.5, weight**0.5
 
 

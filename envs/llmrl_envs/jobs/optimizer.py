@@ -31,13 +31,9 @@ def build_optimizer(parameters: Mapping[str, Parameter], settings: OptimizerSett
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
-def low_rank_pairs(model: nn.Module) -> tuple[tuple[LowRankPair, ...], float]:
-    """The trained LoRA pairs of a peft model, and the norm of all the weights that they adapt.
-
-    A model without adapters gives no pairs and a norm of zero.
-    """
+def low_rank_pairs(model: nn.Module) -> tuple[LowRankPair, ...]:
+    """The trained LoRA pairs of a peft model; none where there are no adapters."""
     pairs: list[LowRankPair] = []
-    square = 0.0
     module: Any
     for module in model.modules():
         if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
@@ -45,6 +41,6 @@ def low_rank_pairs(model: nn.Module) -> tuple[tuple[LowRankPair, ...], float]:
         for adapter in module.lora_A:
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             if a.requires_grad and b.requires_grad:
-                pairs.append(LowRankPair(a, b, float(module.scaling[adapter])))
-                square += float(module.base_layer.weight.detach().double().square().sum())
-    return tuple(pairs), square**0.5
+                weight_norm = float(module.base_layer.weight.detach().double().square().sum()) ** 0.5
+                pairs.append(LowRankPair(a, b, float(module.scaling[adapter]), weight_norm))
+    return tuple(pairs)

@@ -49,9 +49,9 @@ class Precision:
         if self._scaler.is_enabled():
             self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, gradient_norm: Tensor) -> None:
-        """One optimizer step, not taken where the loss or the gradient norm is not finite."""
-        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+    def step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
+        """One optimizer step, not taken where the norm of all gradients is not finite."""
+        finite = torch.isfinite(gradient_norm)
         if self._scaler.is_enabled():
             self._scaler.step(optimizer)
             self._scaler.update()

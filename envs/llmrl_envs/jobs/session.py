@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.schedule import Schedule
@@ -28,8 +29,9 @@ from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.snapshot import SessionSnapshot, restore_snapshot, take_snapshot
 
+# "embed_out" is the output layer of a GPT-NeoX.
+_EMBEDDING = re.compile(r"embed(?!_out)|\bwte\b|\bwpe\b")
 _LAYER_INDEX = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
-LONGEST_INTERVAL = 4096
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class FineTuningSession:
         level_norm: For LoRA, which norms a level refers to: "effective" (the change of the adapted weights) or
             "adapters" (the adapters' own).
         record: Measure statistics; without, `run_interval` trains and returns statistics that know nothing.
+
+    Raises:
+        UserError: A batch has fewer examples than there are processes.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class FineTuningSession:
         self.task = job.task
         self.seed = seed
         self.parallel: ParallelContext = parallel or SingleProcess()
+        _check_shares(job.task.batch_size, self.parallel.world_size)
         self.precision = Precision(job.task.precision, job.device)
         self.step = 0
         self.tokens_trained = 0
@@ -86,16 +92,13 @@ class FineTuningSession:
         self._model = self.parallel.prepare(job.loaded.model)
         self.optimizer = build_optimizer(self._parameters, job.task.optimizer)
         self._lower_half = lower_half(tuple(self._parameters))
-        effective = level_norm == "effective"
-        pairs, adapted_norm = low_rank_pairs(job.loaded.model) if effective else ((), 0.0)
         self._recorder = StatisticsRecorder(
             self.optimizer,
             device=job.device,
             mode=job.mode,
             trainable_fraction=job.loaded.trainable_fraction,
-            capacity_steps=min(job.task.steps, LONGEST_INTERVAL),
-            pairs=pairs,
-            adapted_weight_norm=adapted_norm,
+            capacity_steps=job.task.steps,
+            pairs=low_rank_pairs(job.loaded.model) if level_norm == "effective" else (),
         )
         self._average_weight = 0.0 if average_steps <= 0 else 1.0 - float(np.exp(-1.0 / average_steps))
         self._average = [p.detach().clone() for p in self._parameters.values()] if average_steps > 0 else []
@@ -157,10 +160,10 @@ class FineTuningSession:
 
     def _train_step(self, rate: float, limit: float, *, frozen: bool, probe: bool) -> None:
         loss = self._accumulate_gradients()
-        self.precision.unscale(self.optimizer)
         if frozen:
             for name in self._lower_half:
                 self._parameters[name].grad = None
+        self.precision.unscale(self.optimizer)
         active = [p for p in self._parameters.values() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(active, limit, foreach=True)
         self._recorder.before_update(active, probe=probe)
@@ -168,7 +171,7 @@ class FineTuningSession:
             self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=limit)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.precision.step(self.optimizer, loss, norm)
+        self.precision.step(self.optimizer, norm)
         self._recorder.after_update(active, probe=probe)
         self.optimizer.zero_grad(set_to_none=True)
         if self._average:
@@ -192,7 +195,7 @@ class FineTuningSession:
             batch = self._to_device(split, share)
             with self.parallel.accumulate(self._model, last=last):
                 loss = self._loss_sum(batch).loss * (world / num_targets)
-                self.precision.scale(loss).backward()  # type: ignore[no-untyped-call]
+                self.precision.scale(_nan_unless_finite(loss)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             self.tokens_trained += int(split.num_tokens[row].sum())
         return total
@@ -256,6 +259,9 @@ class FineTuningSession:
 
     def snapshot(self) -> SessionSnapshot:
         """Everything that the job's future depends on; continuing after `restore` equals never having left."""
+        return replace(self._present_state(), best=self._best)
+
+    def _present_state(self) -> SessionSnapshot:
         return take_snapshot(self._parameters, self.optimizer, self._average, self._position(), self._random_state)
 
     def restore(self, snapshot: SessionSnapshot, *, rewind: bool = True) -> None:
@@ -263,12 +269,12 @@ class FineTuningSession:
 
         Args:
             snapshot: From `snapshot` of a session of the same job.
-            rewind: Go back in the data and the budget too. A rollback during training does not: it takes the weights
-                and moments back and moves on in the data.
+            rewind: Go back in the data, the random numbers and the budget too. A rollback during training does not: it
+                takes the weights and moments back and moves on in the data.
         """
         position = restore_snapshot(snapshot, self._parameters, self.optimizer, self._average)
-        self._random_state = snapshot.random_state
         if rewind:
+            self._random_state, self._best = snapshot.random_state, snapshot.best
             self.step, self.tokens_trained = int(position["step"]), int(position["tokens_trained"])
             self.precision.load_state_dict(position)
 
@@ -277,7 +283,7 @@ class FineTuningSession:
 
     def mark_best(self) -> None:
         """Keeps the present state as the one that `roll_back` returns to."""
-        self._best = self.snapshot()
+        self._best = self._present_state()
 
     def roll_back(self) -> None:
         """Takes weights and moments back to the best state; data and budget move on."""
@@ -295,6 +301,24 @@ class FineTuningSession:
                 torch.cuda.set_rng_state(self._random_state["cuda"], self.job.device)
             yield
             self._random_state = _current_state(self.job.device)
+
+
+def _check_shares(batch_size: int, world_size: int) -> None:
+    if batch_size < world_size:
+        raise UserError(
+            "a batch has too few examples to share among the processes",
+            expected=f"at least {world_size}, the number of processes",
+            got=batch_size,
+            where="batch_size",
+        )
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, one whose gradients are all NaN.
+
+    So the gradient norm alone tells every process, and the loss scaler, to skip the same steps.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 @contextmanager
@@ -318,7 +342,7 @@ def _seeded_state(seed: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def lower_half(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of the parameters in the lower half of a model's layers, embeddings included.
+    """Names of the parameters in the lower half of a model's layers, embeddings included; none of a single layer.
 
     >>> lower_half(["m.embed.weight", "m.layers.0.w", "m.layers.1.w", "head.weight"])
     ('m.layers.0.w', 'm.embed.weight')
@@ -326,7 +350,8 @@ def lower_half(names: Sequence[str]) -> tuple[str, ...]:
     layer = {name: int(match.group(1)) for name in names if (match := _LAYER_INDEX.search(name))}
     if not layer:
         return ()
-    middle = (max(layer.values()) + 1) / 2
+    middle = (max(layer.values()) + 1) // 2
+    if middle == 0:
+        return ()
     lower = tuple(name for name in names if name in layer and layer[name] < middle)
-    embeddings = tuple(name for name in names if name not in layer and re.search(r"embed|\bwte\b|\bwpe\b", name))
-    return lower + embeddings
+    return lower + tuple(name for name in names if name not in layer and _EMBEDDING.search(name))

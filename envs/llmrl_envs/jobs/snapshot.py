@@ -20,11 +20,13 @@ class SessionSnapshot:
         tensors: Parameters ("parameter.NAME"), moments ("exp_avg.NAME", ...) and averaged weights ("average.INDEX").
         position: Step, tokens and loss scale.
         random_state: Generator states of the job, uint8 tensors by device type.
+        best: The state that a rollback returns to, if there is one.
     """
 
     tensors: dict[str, Tensor]
     position: dict[str, float]
     random_state: dict[str, Tensor]
+    best: SessionSnapshot | None = None
 
 
 @torch.no_grad()

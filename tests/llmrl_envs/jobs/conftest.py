@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.jobs.task import FineTuningTask
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -112,3 +114,40 @@ def write_lines(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def job_library():
+    """Tiny models and data, loaded once for all tests: every session starts from the initial weights anyway."""
+    return JobLibrary("cpu")
+
+
+@pytest.fixture(scope="session")
+def make_job(make_model, job_library, tmp_path_factory):
+    """A tiny job: completions of uneven lengths for decoders, three classes for encoders."""
+    folder = tmp_path_factory.mktemp("job_data")
+
+    def make(kind="llama", **settings):
+        objective = "classification" if kind == "bert" else "instruction"
+        path = folder / f"{objective}.jsonl"
+        if not path.exists():
+            path.write_text("".join(json.dumps(row) + "\n" for row in _ROWS[objective]))
+        defaults = {
+            "model": str(make_model(kind)), "objective": objective, "data": str(path), "steps": 12, "batch_size": 4,
+            "max_length": 24, "validation_examples": 10, "test_examples": 6, "evaluation_batch_size": 4,
+            "learning_rate": 3e-3,
+        }  # fmt: skip
+        return job_library.job(FineTuningTask(**{**defaults, **settings}))
+
+    return make
+
+
+_ROWS = {
+    "instruction": [
+        {"prompt": f"say {letter}:", "completion": " " + letter * (1 + (7 * i) % 12)}
+        for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+    ],
+    "classification": [
+        {"text": f"{'abc'[i % 3] * (1 + i % 7)} {i}", "label": ("first", "second", "third")[i % 3]} for i in range(60)
+    ],
+}

@@ -1,0 +1,260 @@
+"""The recorder's measurements against what the optimizer really did."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from llmrl_envs.interface.recorder import LowRankPair, StatisticsRecorder
+from llmrl_envs.interface.statistics import TuningMode
+from torch.nn import Parameter
+
+
+class Job:
+    """Random parameters with random gradients under AdamW."""
+
+    def __init__(self, shapes, *, learning_rate=1e-2, dtype=torch.float32, seed=0, pairs=(), **optimizer):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+        made = [self.random(shape) for shape in shapes]
+        self.parameters = [Parameter(tensor) for tensor in made]
+        self.parameters += [part for pair in pairs for part in (pair.a, pair.b)]
+        self.learning_rate = learning_rate
+        options = {"weight_decay": 0.0, "lr": learning_rate, **optimizer}
+        self.optimizer = torch.optim.AdamW(self.parameters, **options)
+        self.recorder = StatisticsRecorder(
+            self.optimizer,
+            device=torch.device("cpu"),
+            mode=TuningMode.LORA if pairs else TuningMode.FULL,
+            trainable_fraction=0.5,
+            capacity_steps=16,
+            pairs=pairs,
+        )
+
+    def random(self, shape):
+        return torch.randn(shape, generator=self.generator, dtype=self.dtype)
+
+    def step(self, *, probe=True, loss=1.0, limit=1e9, frozen=()):
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad = None if index in frozen else self.random(parameter.shape)
+        active = [p for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(active, limit)
+        self.recorder.before_update(active, probe=probe)
+        self.recorder.record_step(torch.tensor(loss), norm, learning_rate=self.learning_rate, max_gradient_norm=limit)
+        before = [p.detach().clone() for p in self.parameters]
+        self.optimizer.step()
+        self.recorder.after_update(active, probe=probe)
+        return before, float(norm)
+
+    def collect(self, **arguments):
+        return self.recorder.collect(step=3, total_steps=10, **arguments)
+
+
+def flat(tensors):
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+@pytest.mark.parametrize("options", [{}, {"betas": (0.5, 0.9), "eps": 1e-2}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_the_update_norm_is_the_change_of_the_weights_at_rate_one(options, num_steps):
+    job = Job([(5, 4), (7,)], **options)
+    for _ in range(num_steps):
+        before, _ = job.step()
+    found = job.collect()
+    change = flat(p.detach() - old for p, old in zip(job.parameters, before, strict=True)).norm() / 1e-2
+    weight = flat(job.parameters).norm()
+    assert found.update_norm[0] == pytest.approx(float(change), rel=1e-4)
+    assert found.weight_norm[0] == pytest.approx(float(weight), rel=1e-5)
+    assert found.step_size[0] == pytest.approx(float(change / weight) * 1e-2, rel=1e-4)
+
+
+def test_weight_decay_is_no_part_of_the_update():
+    plain, decayed = Job([(5, 4)]), Job([(5, 4)], weight_decay=0.3)
+    for job in (plain, decayed):
+        job.step()
+    assert decayed.collect().update_norm[0] == plain.collect().update_norm[0]
+
+
+def test_the_step_size_is_a_mean_over_the_intervals_rates():
+    job = Job([(5, 4)])
+    job.step(probe=False)
+    job.learning_rate = 3e-2
+    job.step()
+    found = job.collect()
+    assert found.step_size[0] == pytest.approx(2e-2 * found.update_norm[0] / found.weight_norm[0], rel=1e-6)
+
+
+def test_the_momentum_cosine_is_that_of_the_new_gradient_to_the_old_momentum():
+    job = Job([(5, 4), (7,)])
+    gradients = []
+    for _ in range(3):
+        job.step()
+        gradients.append(flat(p.grad for p in job.parameters))
+    momentum = 0.1 * (0.9 * gradients[0] + gradients[1])
+    expected = float(torch.nn.functional.cosine_similarity(gradients[2], momentum, dim=0))
+    assert job.collect().momentum_cosine[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_repeated_and_reversed_gradients_have_cosines_of_one_and_minus_one():
+    for sign in (1.0, -1.0):
+        job = Job([(3,)])
+        parameter = job.parameters[0]
+        for factor in (1.0, sign):
+            parameter.grad = torch.tensor([1.0, -2.0, 3.0]) * factor
+            job.recorder.before_update([parameter], probe=True)
+            job.recorder.record_step(torch.tensor(1.0), torch.tensor(1.0), learning_rate=0.1, max_gradient_norm=1.0)
+            job.optimizer.step()
+        assert job.collect().momentum_cosine[0] == pytest.approx(sign, abs=1e-6)
+
+
+def test_the_signal_to_noise_is_one_for_a_constant_gradient_and_small_for_noise():
+    job = Job([(2000,)])
+    for _ in range(12):
+        job.step()
+    assert job.collect().signal_to_noise[0] < 0.4
+    steady = Job([(3,)])
+    for _ in range(4):
+        steady.parameters[0].grad = torch.tensor([1.0, -2.0, 3.0])
+        steady.optimizer.step()
+        steady.recorder.after_update(steady.parameters, probe=True)
+    steady.recorder.record_step(torch.tensor(1.0), torch.tensor(1.0), learning_rate=0.1, max_gradient_norm=1.0)
+    assert steady.collect().signal_to_noise[0] == pytest.approx(1.0, abs=1e-4)
+
+
+# -- low-rank adapters ----------------------------------------------------------------------------------------------
+
+
+def low_rank_job(learning_rate=1e-6):
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for out, rank, width, scaling in ((6, 2, 5, 2.0), (4, 3, 7, 0.5)):
+        a = Parameter(torch.randn(rank, width, generator=generator, dtype=torch.float64))
+        b = Parameter(torch.randn(out, rank, generator=generator, dtype=torch.float64))
+        pairs.append(LowRankPair(a, b, scaling, weight_norm=3.0 + out))
+    return Job([(4, 2)], learning_rate=learning_rate, dtype=torch.float64, pairs=tuple(pairs)), pairs
+
+
+def products(pairs):
+    return [pair.scaling * (pair.b @ pair.a).detach().clone() for pair in pairs]
+
+
+def test_the_update_norm_of_adapters_is_that_of_the_dense_change():
+    job, pairs = low_rank_job()
+    for _ in range(3):
+        dense = products(pairs)
+        before, _ = job.step()
+    found = job.collect()
+    changes = [new - old for new, old in zip(products(pairs), dense, strict=True)]
+    changes.append(job.parameters[0].detach() - before[0])  # a plain parameter beside them, as a classifier's head
+    assert found.update_norm[0] == pytest.approx(float(flat(changes).norm()) / 1e-6, rel=1e-4)
+    weight = math.sqrt(9.0**2 + 7.0**2 + float(job.parameters[0].detach().square().sum()))
+    assert found.weight_norm[0] == pytest.approx(weight, rel=1e-5)
+
+
+def test_frozen_parameters_count_neither_in_the_update_nor_in_the_weights():
+    job, pairs = low_rank_job()
+    job.step()
+    job.collect()
+    dense = products(pairs)
+    job.step(frozen=(0, 1, 2))  # the plain parameter and the first pair
+    found = job.collect()
+    change = products(pairs)[1] - dense[1]
+    assert found.update_norm[0] == pytest.approx(float(change.norm()) / 1e-6, rel=1e-4)
+    assert found.weight_norm[0] == pytest.approx(7.0, rel=1e-6)
+
+
+# -- before the first step ------------------------------------------------------------------------------------------
+
+
+def test_initial_norms_bound_the_first_update_of_plain_parameters():
+    job = Job([(30, 40), (70,)], learning_rate=1e-3)
+    update, weight = job.recorder.initial_norms(job.parameters)
+    assert update == math.sqrt(1270)
+    assert weight == pytest.approx(float(flat(job.parameters).norm()), rel=1e-6)
+    job.step()
+    assert job.collect().update_norm[0] == pytest.approx(update, rel=1e-3)
+
+
+def test_initial_norms_foresee_the_first_update_of_adapters():
+    """B is zero at first, so the weight changes by scaling * u_B @ A, with u_B of random signs."""
+    generator = torch.Generator().manual_seed(1)
+    a = Parameter(torch.randn(4, 60, generator=generator))
+    pair = LowRankPair(a, Parameter(torch.zeros(400, 4)), scaling=2.0, weight_norm=11.0)
+    job = Job([], pairs=(pair,))
+    update, weight = job.recorder.initial_norms(job.parameters)
+    assert weight == pytest.approx(11.0)
+    before = pair.b.detach().clone()
+    job.step()
+    u_b = (pair.b.detach() - before) / 1e-2
+    assert update == pytest.approx(float((2.0 * u_b @ a.detach()).norm()), rel=0.1)
+
+
+# -- the interval ---------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_reports_each_step_as_it_was():
+    job = Job([(5,)])
+    norms = [job.step(probe=False, loss=2.0)[1], job.step(probe=False, loss=float("nan"))[1]]
+    norms += [job.step(probe=False, loss=1.5, limit=0.1)[1], job.step(loss=float("inf"))[1]]
+    found = job.collect(validation_loss=0.7)
+    np.testing.assert_allclose(found.loss[0], [2.0, np.nan, 1.5, np.nan])
+    np.testing.assert_allclose(found.gradient_norm[0], [norms[0], np.nan, norms[2], np.nan], rtol=1e-6)
+    assert found.skipped[0].tolist() == [False, True, False, True]
+    assert found.clipped[0].tolist() == [False, False, True, False]
+    assert (found.step[0], found.total_steps[0], found.num_steps[0]) == (3, 10, 4)
+    assert (found.validation_loss[0], found.mode[0], found.trainable_fraction[0]) == (0.7, TuningMode.FULL, 0.5)
+
+
+def test_an_interval_starts_empty():
+    job = Job([(5,)])
+    job.step()
+    job.collect()
+    job.step(probe=False, loss=3.0)
+    found = job.collect()
+    assert found.loss.tolist() == [[3.0]]
+    for name in ("update_norm", "weight_norm", "step_size", "momentum_cosine", "signal_to_noise", "validation_loss"):
+        assert np.isnan(getattr(found, name)).all(), name
+
+
+def test_more_steps_than_an_interval_holds_are_a_programming_error():
+    job = Job([(5,)])
+    for _ in range(16):
+        job.step(probe=False)
+    with pytest.raises(ValueError, match="at most 16 steps"):
+        job.step(probe=False)
+
+
+def test_values_are_averaged_over_the_processes():
+    job = Job([(5,)])
+    job.step(loss=2.0)
+    found = job.collect(reduce=lambda tensor: (tensor + 2 * tensor) / 2)
+    assert found.loss.tolist() == [[3.0]]
+
+
+def test_an_optimizer_without_moments_leaves_the_update_unknown():
+    parameter = Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    recorder = StatisticsRecorder(
+        optimizer, device=torch.device("cpu"), mode=TuningMode.FULL, trainable_fraction=1.0, capacity_steps=4
+    )
+    parameter.grad = torch.ones(3)
+    recorder.before_update([parameter], probe=True)
+    recorder.record_step(torch.tensor(1.0), torch.tensor(1.0), learning_rate=0.1, max_gradient_norm=1.0)
+    optimizer.step()
+    recorder.after_update([parameter], probe=True)
+    found = recorder.collect(step=1, total_steps=4)
+    assert found.loss.tolist() == [[1.0]]
+    for name in ("update_norm", "step_size", "momentum_cosine", "signal_to_noise"):
+        assert np.isnan(getattr(found, name)).all(), name
+
+
+def test_measuring_leaves_weights_gradients_and_moments_alone():
+    measured, blind = Job([(5, 4), (7,)]), Job([(5, 4), (7,)])
+    for _ in range(3):
+        measured.step(probe=True)
+        blind.step(probe=False)
+    for one, other in zip(measured.parameters, blind.parameters, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one.grad, other.grad)
+        for name, value in measured.optimizer.state[one].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(blind.optimizer.state[other][name]))
