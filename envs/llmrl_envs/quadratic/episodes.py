@@ -50,7 +50,7 @@ class QuadraticEpisodes:
 
     Args:
         num_envs: E.
-        distribution: Gives the dimension and the longest budget.
+        distribution: Gives the dimension.
         actions: Name of the action table.
         observation: `stack` of `ObservationSpec`; `feature_dropout`, the probability that a job withholds a feature
             group; and `validation_visible`, the probability that it shows its expected loss as a validation loss.
@@ -76,7 +76,7 @@ class QuadraticEpisodes:
         self.reward_spec = _without_noise(RewardSpec(**(reward or {})))
         self.schedule_settings = ScheduleSettings(**(schedule or {}))
         self._can_roll_back = any(action.choice is UpdateChoice.ROLLBACK for action in self.table.actions)
-        self.jobs = QuadraticJobs(num_envs, distribution.dimension, distribution.total_steps[1])
+        self.jobs = QuadraticJobs(num_envs, distribution.dimension)
         self._steering = self._new_steering(np.arange(num_envs))
         self._intervals: Integers = np.zeros((num_envs, _MOST_DECISIONS), np.int64)
         self._decision: Integers = np.zeros(num_envs, np.int64)
@@ -152,7 +152,7 @@ class QuadraticEpisodes:
 
     def _hidden(self, lanes: Integers) -> Booleans:  # [len(lanes), G]
         """Feature groups that the jobs withhold; never the losses, and the validation loss unless it is to be seen."""
-        draws = self.jobs.visibility[lanes]
+        draws = self.jobs.visibility(lanes)
         hidden = draws < self._feature_dropout
         hidden[:, _LOSS] = False
         hidden[:, _VALIDATION] = draws[:, _VALIDATION] >= self._validation_visible
@@ -161,7 +161,7 @@ class QuadraticEpisodes:
     def _with_validation(self, statistics: TrainingStatistics) -> TrainingStatistics:
         if self._validation_visible == 0.0:
             return statistics
-        shown = self.jobs.visibility[:, _VALIDATION] < self._validation_visible
+        shown = self.jobs.visibility(np.arange(self.num_envs))[:, _VALIDATION] < self._validation_visible
         loss = np.fmin(self.jobs.expected_loss(), _HIGHEST_LOSS)
         return replace(statistics, validation_loss=np.where(shown, loss, np.nan))
 

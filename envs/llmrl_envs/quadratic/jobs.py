@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from llmrl_envs.interface.observation import GROUPS
 from llmrl_envs.interface.statistics import Floats, Integers, TrainingStatistics, TuningMode, empty_statistics
 from llmrl_envs.quadratic.model import NoisyQuadratics, sum_rows
+from llmrl_envs.quadratic.noise import normal_pairs, uniforms
 
 _HIGHEST_LOSS = 1e12
 """What an expected loss beyond every number is shown as."""
+_VISIBILITY_COUNTER = 2**40  # beyond every step
 _LANES_AT_ONCE = 256
 """Jobs whose arrays fit into a processor's cache together."""
 
@@ -36,10 +38,9 @@ class QuadraticJobs:
     Args:
         num_jobs: E.
         dimension: D.
-        longest: Largest budget, in optimizer steps, that a job may have.
     """
 
-    def __init__(self, num_jobs: int, dimension: int, longest: int) -> None:
+    def __init__(self, num_jobs: int, dimension: int) -> None:
         self.num_jobs = num_jobs
         self.step: Integers = np.zeros(num_jobs, np.int64)
         self.quadratics = _no_quadratics(num_jobs, dimension)
@@ -49,23 +50,16 @@ class QuadraticJobs:
         self._curvature: Floats = np.ones((dimension, num_jobs))
         self._trace: Floats = np.ones(num_jobs)
         self._trace_square: Floats = np.ones(num_jobs)
-        # Uniform numbers that decide which groups of features a job withholds.
-        self.visibility: Floats = np.zeros((num_jobs, len(GROUPS)))
-        # Standard normals for the loss and the gradient norm of every step; single precision is ample for noise.
-        self._draws: NDArray[np.float32] = np.zeros((num_jobs, 2, longest), np.float32)
 
     def start(self, lanes: Integers, quadratics: NoisyQuadratics) -> None:
         """Starts `quadratics`, one for each of `lanes`.
 
         Raises:
-            ValueError: Another dimension, or a budget beyond `longest`.
+            ValueError: Another dimension, or not one job for each lane.
         """
-        longest = self._draws.shape[2]
-        if quadratics.curvature.shape != (len(lanes), len(self._moments)) or quadratics.total_steps.max() > longest:
-            raise ValueError(
-                f"quadratics: expected curvature of shape {(len(lanes), len(self._moments))} and at most {longest} "
-                f"steps, got {quadratics.curvature.shape} and {quadratics.total_steps.max()}"
-            )
+        shape = (len(lanes), len(self._moments))
+        if quadratics.curvature.shape != shape:
+            raise ValueError(f"quadratics: expected curvature of shape {shape}, got {quadratics.curvature.shape}")
         for field in fields(quadratics):
             getattr(self.quadratics, field.name)[lanes] = getattr(quadratics, field.name)
         self.step[lanes] = 0
@@ -73,14 +67,11 @@ class QuadraticJobs:
         self._trace[lanes] = sum_rows(quadratics.curvature.T)
         self._trace_square[lanes] = sum_rows(quadratics.curvature.T**2)
         self._moments[:, lanes] = self._best[:, lanes] = quadratics.normalised_initial()
-        self._draw_measurements(lanes)
 
-    def _draw_measurements(self, lanes: Integers) -> None:
-        for lane in lanes:
-            count = int(self.quadratics.total_steps[lane])
-            generator = np.random.Generator(np.random.PCG64(int(self.quadratics.seed[lane])))
-            self.visibility[lane] = generator.random(len(GROUPS))
-            self._draws[lane, :, :count] = generator.standard_normal((2, count), np.float32)
+    def visibility(self, lanes: Integers) -> Floats:  # [len(lanes), G]
+        """Uniform numbers that decide which groups of features a job withholds."""
+        counters = _VISIBILITY_COUNTER + np.arange(len(GROUPS))
+        return uniforms(self.quadratics.seed[lanes, None], counters[None, :])
 
     def expected_loss(self) -> Floats:
         """Expected loss now, float64[E]; infinite beyond every number."""
@@ -169,11 +160,9 @@ class QuadraticJobs:
         count, columns = len(rates), np.arange(len(lanes))
         places = np.arange(count)[:, None]
         taken = places < num_steps
-        longest = self._draws.shape[2]
-        # Beyond a job's last step the place of another's draw; what is made of it is not shown.
-        index = 2 * longest * lanes + self.step[lanes] + places
-        losses = self._losses(lanes, sums[0, :-1], self._draws.take(index, mode="clip"))
-        norms = self._gradient_norms(lanes, sums[1, :-1], sums[2, :-1], self._draws.take(index + longest, mode="clip"))
+        loss_draws, norm_draws = normal_pairs(self.quadratics.seed[lanes], self.step[lanes] + places)
+        losses = self._losses(lanes, sums[0, :-1], loss_draws)
+        norms = self._gradient_norms(lanes, sums[1, :-1], sums[2, :-1], norm_draws)
         shown.loss[lanes, :count] = np.where(taken, losses, np.nan).T
         shown.gradient_norm[lanes, :count] = np.where(taken, norms, np.nan).T
         shown.update_norm[lanes] = norms[num_steps - 1, columns]
@@ -225,7 +214,7 @@ class QuadraticJobs:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
-        """Everything that changes, as arrays of leading dimension E; measurements are drawn again from the seed."""
+        """Everything that changes, as arrays of leading dimension E."""
         own = {"step": self.step.copy(), "moments": self._moments.T.copy(), "best": self._best.T.copy()}
         jobs = {field.name: getattr(self.quadratics, field.name).copy() for field in fields(self.quadratics)}
         return {**own, **jobs}

@@ -8,8 +8,8 @@ from llmrl_envs.quadratic.jobs import QuadraticJobs
 from llmrl_envs.quadratic.model import NoisyQuadratics, expected_losses
 
 
-def started(quadratics: NoisyQuadratics, longest: int = 1000) -> QuadraticJobs:
-    jobs = QuadraticJobs(len(quadratics), quadratics.curvature.shape[1], longest)
+def started(quadratics: NoisyQuadratics) -> QuadraticJobs:
+    jobs = QuadraticJobs(len(quadratics), quadratics.curvature.shape[1])
     jobs.start(np.arange(len(quadratics)), quadratics)
     return jobs
 
@@ -45,7 +45,7 @@ def test_measurements_have_the_moments_of_mini_batches(by_hand) -> None:
     curvature, initial, noise = np.array([1.0, 0.4, 0.1, 0.05]), np.array([0.8, 1.0, 2.0, 4.0]), 0.3
     one = by_hand(curvature, initial, noise=noise, floor=0.2, total_steps=2)
     runs, rate = 60_000, 0.9
-    jobs = started(repeat(one, runs), longest=2)
+    jobs = started(repeat(one, runs))
     shown = jobs.run_interval(np.full(runs, 1), np.full((1, runs), rate))
     rng = np.random.default_rng(1)
 
@@ -126,7 +126,7 @@ def test_rolling_back_restores_the_marked_parameters(draw) -> None:
 
 def test_state_goes_on_bit_for_bit(draw) -> None:
     quadratics = draw(4)
-    jobs, again = started(quadratics), QuadraticJobs(4, 32, 1000)
+    jobs, again = started(quadratics), QuadraticJobs(4, 32)
     rates = np.tile(quadratics.reference_rate, (5, 1))
     jobs.run_interval(np.full(4, 5), rates)
     again.load_state_dict(jobs.state_dict())
@@ -137,10 +137,10 @@ def test_state_goes_on_bit_for_bit(draw) -> None:
 
 
 def test_a_job_that_does_not_fit_is_refused(draw) -> None:
-    with pytest.raises(ValueError, match=r"expected curvature of shape \(1, 16\)"):
-        QuadraticJobs(1, 16, 2000).start(np.arange(1), draw(1))
-    with pytest.raises(ValueError, match="at most 50 steps"):
-        QuadraticJobs(1, 32, 50).start(np.arange(1), draw(1))
+    with pytest.raises(ValueError, match=r"expected curvature of shape \(1, 16\), got \(1, 32\)"):
+        QuadraticJobs(1, 16).start(np.arange(1), draw(1))
+    with pytest.raises(ValueError, match=r"expected curvature of shape \(2, 32\), got \(1, 32\)"):
+        QuadraticJobs(2, 32).start(np.arange(2), draw(1))
 
 
 def test_losses_without_noise_are_the_expected_ones(draw) -> None:
