@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmrl.dqn.n_step import n_step_returns, window_slots
+from llmrl.dqn.n_step import NStep, n_step_returns, window_slots
 from llmrl.dqn.replay_checks import TransitionSpec, check_positive
 from llmrl.dqn.replay_merge import Experience, HeldExperience, merge
 from llmrl.dqn.replay_rows import Changed, Rows
@@ -96,7 +96,8 @@ class ReplayBuffer:
         self.num_envs, self.capacity = num_envs, self.rows.capacity
         self.sampling, self.alpha, self.normalize_weights = sampling, alpha, normalize_weights
         self.metadata = json.loads(json.dumps(metadata or {}))
-        self.max_priority = 1.0
+        self.max_priority = 0.0
+        self._raise_max_priority(1.0)
         self.num_stale_updates = 0
         self._tree = None if sampling == "uniform" else SumTree(self.capacity)
         self._identity = uuid.uuid4().hex  # which folders may be appended to
@@ -201,12 +202,14 @@ class ReplayBuffer:
             raise ValueError(f"priority: expected finite numbers >= 0, got {values.min()} to {values.max()}")
         if self._tree is None or not values.size:
             return 0
-        fresh = self.rows.generation.take(index) == generation
+        if index.min() < 0 or index.max() >= self.capacity:
+            raise ValueError(f"index: expected 0 to {self.capacity - 1}, got {index.min()} to {index.max()}")
+        fresh = self.rows.generation[index] == generation
         if not fresh.all():
             self.num_stale_updates += int((~fresh).sum())
             index, values = index[fresh], values[fresh]
-        self._tree.set(index, self._leaf(values))
-        self.max_priority = max(self.max_priority, float(values.max(initial=0.0)))
+        self._tree.set_later(index, self._leaf(values))
+        self._raise_max_priority(float(values.max(initial=0.0)))
         return len(index)
 
     def save(self, path: Path) -> None:
@@ -234,7 +237,8 @@ class ReplayBuffer:
         self.rows = Rows(self.spec, self.rows.num_rows)
         self._tree = None if self._tree is None else SumTree(self.capacity)
         self._identity = stored.about["identity"]
-        self.max_priority = stored.about["max_priority"]
+        self.max_priority = 0.0
+        self._raise_max_priority(stored.about["max_priority"])
         self.num_stale_updates = stored.about["num_stale_updates"]
         if stored.damage is not None:
             return self.merge(stored)
@@ -242,8 +246,7 @@ class ReplayBuffer:
         same = all(stored.about[key] == self._about()[key] for key in ("sampling", "alpha"))
         priorities = stored.priorities() if same else None
         if self._tree is not None:
-            highest = self._leaf(np.array(self.max_priority))
-            self._tree.set(self.rows.live_slots(), highest if priorities is None else priorities)
+            self._tree.set(self.rows.live_slots(), self._highest_leaf if priorities is None else priorities)
         return LoadReport(stored.num_stored, len(self), None)
 
     def merge(self, source: Path | StoredReplay | ReplayBuffer) -> LoadReport:
@@ -274,7 +277,7 @@ class ReplayBuffer:
     def _about(self) -> dict[str, Any]:
         """What a saved buffer says about itself; JSON values."""
         spec = self.spec
-        shape, dtype = list(spec.obs_shape), np.dtype(spec.obs_dtype).name
+        shape, dtype = list(spec.obs_shape), spec.obs_dtype.name
         return {
             "identity": self._identity,
             "spec": {"obs_shape": shape, "obs_dtype": dtype, "num_actions": spec.num_actions},
@@ -294,9 +297,14 @@ class ReplayBuffer:
     def _changed(self, changed: Changed) -> None:
         """New transitions get the highest priority so far; emptied slots can no longer be drawn."""
         if self._tree is not None:
-            self._tree.set(changed.filled, float(self._leaf(np.array(self.max_priority))))
+            self._tree.set_later(changed.filled, self._highest_leaf)
             if len(changed.emptied):
-                self._tree.set(changed.emptied, 0.0)
+                self._tree.set_later(changed.emptied, 0.0)
+
+    def _raise_max_priority(self, priority: float) -> None:
+        if priority > self.max_priority:
+            self.max_priority = priority
+            self._highest_leaf = float(self._leaf(np.array(priority)))
 
     def _weights(self, index: NDArray[np.int64], beta: float) -> NDArray[np.float32]:  # [B]
         """(len(self) * probability)**-beta, over the largest of the batch if weights are normalised."""
@@ -323,13 +331,14 @@ class ReplayBuffer:
     ) -> Batch:
         """The transitions that start at some slots, over windows of at most n steps."""
         rows = self.rows
-        first = rows.records.take(index)
-        windows = window_slots(index, n_step, self.num_envs, self.capacity)
-        reward = rows.records["reward"][windows].astype(np.float64)
-        if reward_transform is not None:
-            reward = reward_transform(reward)
-        returns = n_step_returns(rows.stop, reward, windows, gamma)
-        last = first if n_step == 1 else rows.records.take(returns.last)
+        last = first = rows.records.take(index)
+        if n_step == 1:
+            returns = NStep(_transformed(first["reward"], reward_transform), gamma, index)
+        else:
+            windows = window_slots(index, n_step, self.num_envs, self.capacity)
+            reward = _transformed(rows.records["reward"][windows], reward_transform)
+            returns = n_step_returns(rows.stop, reward, windows, gamma)
+            last = rows.records.take(returns.last)
         return Batch(
             obs=rows.observations.read(first, "obs"),
             action=first["action"].astype(np.int64),
@@ -342,3 +351,9 @@ class ReplayBuffer:
             index=index,
             generation=np.ascontiguousarray(first["generation"]),
         )
+
+
+def _transformed(reward: NDArray[np.float32], transform: RewardTransform | None) -> NDArray[np.float64]:
+    """Single-step rewards as they are summed."""
+    exact = reward.astype(np.float64)
+    return exact if transform is None else transform(exact)

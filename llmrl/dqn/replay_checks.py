@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-@dataclass(frozen=True)
-class Transitions:
-    """One step of some environments, checked."""
+class Transitions(NamedTuple):
+    """One step of some environments, or successive steps of one."""
 
-    lanes: NDArray[np.int64]  # [K] environments, ascending
+    lanes: NDArray[np.int64]  # [K] environments
     obs: NDArray[Any]  # [K, *obs_shape]
     action: NDArray[Any]  # [K] integer
-    reward: NDArray[Any]  # [K] float
+    reward: NDArray[Any]  # [K]
     terminated: NDArray[np.bool_]  # [K]
     truncated: NDArray[np.bool_]  # [K]
     next_obs: NDArray[Any]  # [K, *obs_shape]
@@ -25,7 +24,6 @@ class Transitions:
     episode: NDArray[Any] | None  # [K]; None = not numbered by the caller
 
 
-@dataclass(frozen=True)
 class TransitionSpec:
     """Shapes and dtypes of the transitions of one buffer.
 
@@ -36,10 +34,14 @@ class TransitionSpec:
         num_actions: Actions A.
     """
 
-    num_envs: int
-    obs_shape: tuple[int, ...]
-    obs_dtype: type[np.generic]
-    num_actions: int
+    def __init__(
+        self, num_envs: int, obs_shape: tuple[int, ...], obs_dtype: type[np.generic], num_actions: int
+    ) -> None:
+        self.num_envs = num_envs
+        self.obs_shape = obs_shape
+        self.obs_dtype = np.dtype(obs_dtype)
+        self.num_actions = num_actions
+        self._lanes = np.arange(num_envs)
 
     def check(
         self,
@@ -60,8 +62,8 @@ class TransitionSpec:
             ValueError: A wrong shape or dtype, an action that is out of range or masked, an all-false mask (one after
                 termination has no meaning), NaN or infinity.
         """
-        transitions = Transitions(
-            np.arange(self.num_envs),
+        checked = Transitions(
+            self._lanes,
             self._observation("obs", obs),
             self._vector("action", action, "iu"),
             self._vector("reward", reward, "fiu"),
@@ -73,25 +75,25 @@ class TransitionSpec:
             None if episode is None else self._vector("episode", episode, "iu"),
         )
         if valid is not None:
-            transitions = _select(transitions, self._vector("valid", valid, "b"))
-        self._check_values(transitions)
-        return transitions
+            kept = self._vector("valid", valid, "b")
+            checked = Transitions(*(None if array is None else array[kept] for array in checked))  # type: ignore[arg-type]
+        self._check_values(checked)
+        return checked
 
     def _observation(self, name: str, value: ArrayLike) -> NDArray[Any]:
         array = np.asarray(value)
-        shape = (self.num_envs, *self.obs_shape)
-        if array.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+        if array.shape[1:] != self.obs_shape or len(array) != self.num_envs:
+            raise ValueError(f"{name}: expected shape {(self.num_envs, *self.obs_shape)}, got {array.shape}")
         if array.dtype == self.obs_dtype:
             return array
-        if self.obs_dtype is np.uint8 or array.dtype.kind not in "fiub":
-            raise ValueError(f"{name}: expected dtype {np.dtype(self.obs_dtype)}, got {array.dtype}")
+        if self.obs_dtype == np.uint8 or array.dtype.kind not in "fiub":
+            raise ValueError(f"{name}: expected dtype {self.obs_dtype}, got {array.dtype}")
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused with the values
             return array.astype(self.obs_dtype)
 
     def _vector(self, name: str, value: ArrayLike, kinds: str) -> NDArray[Any]:
         array = np.asarray(value)
-        if array.shape != (self.num_envs,):
+        if array.shape != self._lanes.shape:
             raise ValueError(f"{name}: expected shape ({self.num_envs},), got {array.shape}")
         if array.dtype.kind not in kinds:
             expected = {"iu": "integer", "fiu": "number", "b": "bool"}[kinds]
@@ -106,23 +108,30 @@ class TransitionSpec:
             raise ValueError(f"{name}: expected dtype bool, got {array.dtype}")
         return array
 
-    def _check_values(self, transitions: Transitions) -> None:
-        t = transitions
-        for name, array in (("obs", t.obs), ("reward", t.reward), ("next_obs", t.next_obs)):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(f"{name}: expected finite numbers, got {array[~np.isfinite(array)].flat[0]}")
-        if t.action.size and not (t.action.min() >= 0 and t.action.max() < self.num_actions):
-            raise ValueError(f"action: expected 0 to {self.num_actions - 1}, got {t.action.tolist()}")
-        if t.mask is not None:
-            check_some_action("mask", t.mask)
-            if not t.mask[np.arange(len(t.action)), t.action].all():
-                raise ValueError(f"action: expected an available one, got {t.action.tolist()} of {t.mask.tolist()}")
-        if t.next_mask is not None:
-            check_some_action("next_mask", t.next_mask | t.terminated[:, None])
+    def _check_values(self, t: Transitions) -> None:
+        check_finite("obs", t.obs)
+        check_finite("reward", t.reward)
+        check_finite("next_obs", t.next_obs)
+        chosen = t.action.tolist()
+        if chosen and not (min(chosen) >= 0 and max(chosen) < self.num_actions):
+            raise ValueError(f"action: expected 0 to {self.num_actions - 1}, got {chosen}")
+        if t.mask is not None and not t.mask[self._lanes[: len(chosen)], t.action].all():
+            _check_some_action("mask", t.mask)
+            raise ValueError(f"action: expected an available one, got {chosen} of {t.mask.tolist()}")
+        if t.next_mask is not None and not t.next_mask.any(axis=1).all():
+            _check_some_action("next_mask", t.next_mask | t.terminated[:, None])
 
 
-def check_some_action(name: str, mask: NDArray[np.bool_]) -> None:
-    """Raises ValueError where a row of a mask [K, A] allows nothing."""
+def check_finite(name: str, array: NDArray[Any]) -> None:
+    """Raises ValueError where an array holds NaN or infinity."""
+    if array.dtype.kind != "f" or math.isfinite(np.vdot(array, array)):
+        return  # the sum of squares of what is finite is finite, or too large, which the exact test below allows
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise ValueError(f"{name}: expected finite numbers, got {array[~finite].flat[0]}")
+
+
+def _check_some_action(name: str, mask: NDArray[np.bool_]) -> None:
     if not mask.any(axis=1).all():
         raise ValueError(f"{name}: expected at least one available action in every environment, got all false")
 
@@ -132,19 +141,3 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}: expected a positive number, got {value}")
-
-
-def _select(t: Transitions, valid: NDArray[np.bool_]) -> Transitions:
-    """The lanes that are valid."""
-    return Transitions(
-        np.flatnonzero(valid),
-        t.obs[valid],
-        t.action[valid],
-        t.reward[valid],
-        t.terminated[valid],
-        t.truncated[valid],
-        t.next_obs[valid],
-        None if t.mask is None else t.mask[valid],
-        None if t.next_mask is None else t.next_mask[valid],
-        None if t.episode is None else t.episode[valid],
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -81,4 +80,4 @@ def _extend(rows: Rows, lane: int, t: Transitions, *, begins: bool) -> Changed:
     """Writes one piece of a run; a run is one episode, and its number the next that is free."""
     num = len(t.action)
     episode = rows.next_episode if begins else int(rows.episode[lane])
-    return rows.extend(lane, replace(t, lanes=np.full(num, lane), episode=np.full(num, episode)), begins=begins)
+    return rows.extend(lane, t._replace(lanes=np.full(num, lane), episode=np.full(num, episode)), begins=begins)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Field = tuple[str, type[np.generic], tuple[int, ...]]
+Field = tuple[str, Any, tuple[int, ...]]  # name, dtype and shape in a row
 Side = Literal["obs", "next_obs"]
 
 
@@ -49,7 +49,7 @@ class PairedObservations:
 
     loses = False
 
-    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.fields: list[Field] = [("obs", dtype, shape), ("next_obs", dtype, shape)]
 
     def write(self, records: NDArray[Any], obs: NDArray[Any], next_obs: NDArray[Any], lanes: NDArray[np.int64]) -> None:

@@ -16,6 +16,7 @@ from llmrl.dqn.replay_observations import FrameObservations, ObservationStore, P
 
 SPARE_FRAMES = 8  # one frame in so many is spare, for the additional frames at the start of an episode
 MAX_STACK = 16  # a uint8 observation with more leading entries than this is an image, not a stack of frames
+NONE = np.zeros(0, dtype=np.int64)
 STATE = ("head", "count", "open", "episode")
 
 
@@ -60,15 +61,17 @@ class Rows:
 
     def append(self, t: Transitions) -> Changed:
         """Writes one transition in each of some lanes; a full lane loses its oldest."""
-        lanes = t.lanes
+        every = len(t.lanes) == self.num_envs
+        lanes = slice(None) if every else t.lanes  # a view instead of a copy where it can be
         row = self.head[lanes]
-        slots = row * self.num_envs + lanes
-        self._begin_episodes(t, slots)
+        slots = row * self.num_envs + t.lanes
+        self._begin_episodes(t, lanes, slots)
         self._write(slots, t, self.episode[lanes])
         self.stop[slots] = True
         self.open[lanes] = ~(t.terminated | t.truncated)
         self.head[lanes] = (row + 1) % self.num_rows
-        self.count[lanes] = np.minimum(self.count[lanes] + 1, self.num_rows)
+        if self.total < self.capacity:
+            self.count[lanes] = np.minimum(self.count[lanes] + 1, self.num_rows)
         return Changed(slots, self._drop_lost())
 
     def extend(self, lane: int, t: Transitions, *, begins: bool) -> Changed:
@@ -146,18 +149,18 @@ class Rows:
         row = (self.head[lane] - self.count[lane] + np.arange(self.count[lane])) % self.num_rows
         return np.asarray(row * self.num_envs + lane)
 
-    def _begin_episodes(self, t: Transitions, slots: NDArray[np.int64]) -> None:
+    def _begin_episodes(self, t: Transitions, lanes: NDArray[np.int64] | slice, slots: NDArray[np.int64]) -> None:
         """Numbers the episodes of new transitions, and lets windows run from their predecessors into them."""
-        lanes, going_on = t.lanes, self.open[t.lanes]
+        going_on = self.open[lanes]
         if t.episode is not None:
             going_on = going_on & (t.episode == self.episode[lanes])
             self.episode[lanes] = t.episode
             self.next_episode = max(self.next_episode, int(self.episode.max()) + 1)
         elif not going_on.all():
-            starting = lanes[~going_on]
+            starting = t.lanes[~going_on]
             self.episode[starting] = self.next_episode + np.arange(len(starting))
             self.next_episode += len(starting)
-        self.stop[(slots[going_on] - self.num_envs) % self.capacity] = False
+        self.stop[slots - self.num_envs] = ~going_on  # row -1 is the last one
 
     def _write(self, slots: NDArray[np.int64], t: Transitions, episode: NDArray[np.int64]) -> None:
         """Fills slots with transitions, numbered on from the last."""
@@ -185,14 +188,15 @@ class Rows:
             self.generation[oldest[lost]] = -1
             self.count[lanes[lost]] -= 1
             emptied.append(oldest[lost])
-        self.total = int(self.count.sum())
-        return np.concatenate(emptied) if emptied else np.zeros(0, dtype=np.int64)
+        if emptied or self.total < self.capacity:
+            self.total = int(self.count.sum())
+        return np.concatenate(emptied) if emptied else NONE
 
 
 def _observation_store(spec: TransitionSpec, capacity: int) -> ObservationStore:
     """Frames once for stacks of images, pairs for everything else."""
     shape = spec.obs_shape
-    if spec.obs_dtype is np.uint8 and len(shape) == 3 and shape[0] <= MAX_STACK:
+    if spec.obs_dtype == np.uint8 and len(shape) == 3 and shape[0] <= MAX_STACK:
         spare = capacity // SPARE_FRAMES + 4 * shape[0] * spec.num_envs
         return FrameObservations(shape, capacity + spare, spec.num_envs)
     return PairedObservations(shape, spec.obs_dtype)

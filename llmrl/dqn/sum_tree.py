@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 FAN_OUT = 16
 MAX_TOP_NODES = 4096
+MAX_STALE = 4096  # changes that may wait, so that a long time without a draw costs no memory
 
 
 class SumTree:
@@ -42,7 +43,7 @@ class SumTree:
         padded = [-(-num // FAN_OUT) * FAN_OUT for num in num_nodes[:-1]] + num_nodes[-1:]
         self._levels = [np.zeros(num) for num in padded]  # leaves first
         self._families = [level.reshape(-1, FAN_OUT) for level in self._levels[:-1]]  # row p: the children of node p
-        self._stale: list[int] = []  # leaves whose ancestors are not recomputed yet
+        self._stale: list[NDArray[np.int64]] = []  # leaves whose ancestors are not recomputed yet
         self._prefix: NDArray[np.float64] | None = None  # prefix sums of the top level
 
     @property
@@ -82,11 +83,13 @@ class SumTree:
         self._levels[0][leaves] = values
         self._recompute(leaves)
 
-    def set_later(self, index: int, priority: float) -> None:
-        """Like `set` for one leaf, without checks; its ancestors are recomputed with the next call that needs them."""
+    def set_later(self, index: NDArray[np.int64], priority: NDArray[np.float64] | float) -> None:
+        """Like `set` without checks; sums are recomputed when they are asked for, for many changes at once."""
         self._levels[0][index] = priority
-        self._stale.append(index)
+        self._stale.append(index.copy())
         self._prefix = None
+        if len(self._stale) >= MAX_STALE:
+            self._refresh()
 
     def find(self, mass: ArrayLike) -> NDArray[np.int64]:  # [B] -> [B]
         """The leaves in which the prefix sum of the priorities first exceeds `mass`.
@@ -138,10 +141,15 @@ class SumTree:
             node = node // FAN_OUT
             parents[node] = children.take(node, axis=0).sum(axis=1)
 
-    def _top_prefix(self) -> NDArray[np.float64]:
+    def _refresh(self) -> None:
+        """Recomputes what `set_later` has left."""
         if self._stale:
-            self._recompute(np.array(self._stale, dtype=np.int64))
+            stale = np.concatenate(self._stale)
             self._stale.clear()
+            self._recompute(stale)
+
+    def _top_prefix(self) -> NDArray[np.float64]:
+        self._refresh()
         if self._prefix is None:
             self._prefix = self._levels[-1].cumsum()
         return self._prefix
@@ -154,8 +162,9 @@ def _descend(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The child in which each mass falls, and what is left of the mass within that child."""
     prefix = family.take(node, axis=0).cumsum(axis=1)  # [B, FAN_OUT]
-    child = (prefix <= rest[:, None]).sum(axis=1)
-    if child.max(initial=0) == FAN_OUT:  # the sum of a node rounds differently from its place in its parent's prefix
-        child = np.minimum(child, (prefix < prefix[:, -1:]).sum(axis=1))
-    start = np.concatenate([np.zeros((len(node), 1)), prefix], axis=1)[np.arange(len(node)), child]
-    return node * FAN_OUT + child, rest - start
+    end = prefix[:, -1]
+    if (rest >= end).any():  # the sum of a node rounds differently from its place in its parent's prefix
+        rest = np.minimum(rest, np.nextafter(end, 0.0))
+    child = (prefix > rest[:, None]).argmax(axis=1)
+    before = prefix.ravel().take(np.arange(0, prefix.size, FAN_OUT) + child - 1)  # of child 0 not meant
+    return node * FAN_OUT + child, rest - np.where(child > 0, before, 0.0)

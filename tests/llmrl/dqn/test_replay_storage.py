@@ -46,7 +46,7 @@ def play(replay, num_steps, rng):
 
 def observations(replay, rng):
     shape = (replay.num_envs, *replay.spec.obs_shape)
-    if replay.spec.obs_dtype is np.uint8:
+    if replay.spec.obs_dtype == np.uint8:
         return rng.integers(0, 255, shape, dtype=np.uint8)
     return rng.normal(size=shape).astype(np.float32)
 

@@ -152,13 +152,15 @@ def test_draws_are_in_proportion_to_the_priorities(capacity, seed):
     assert chi_square < capacity - 1 + 4 * math.sqrt(2 * (capacity - 1))
 
 
-def test_deferred_changes_count_from_the_next_question_on():
+def test_changes_that_wait_count_from_the_next_question_on():
     tree = SumTree(70_000)
-    tree.set_later(69_999, 3.0)
-    tree.set_later(5, 1.0)
-    assert tree.total == 4.0
-    tree.set_later(5, 0.0)
+    tree.set_later(np.array([69_999, 5]), 3.0)
+    assert tree.total == 6.0
+    tree.set_later(np.array([5]), 0.0)
     assert tree.find([0.0, 2.9]).tolist() == [69_999, 69_999]
+    for _ in range(10_000):
+        tree.set_later(np.array([1]), 2.0)
+    assert tree.total == 5.0
 
 
 def test_of_an_index_that_occurs_twice_the_last_priority_counts():
