@@ -21,7 +21,7 @@ from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.reference import ReferenceCurves
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import SampledTask, TaskDistribution
-from llmrl_envs.rendering import ScheduleHistory, render_history
+from llmrl_envs.rendering import ScheduleHistory, close_window, render_history
 
 DEFAULT_TASKS: dict[str, Any] = {
     "tasks": [{"name": "builtin-json", "data": "builtin:json", "steps": 60, "max_length": 64}],
@@ -108,7 +108,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             options: `job`: a `SampledTask` to run instead of drawing one.
         """
         super().reset(seed=seed)
-        sampled = (options or {}).get("job") or self.tasks.sample(self.np_random)
+        sampled = _given_job(options) or self.tasks.sample(self.np_random)
         hidden = self._draw_hidden_groups()
         observation = self._begin(sampled, hidden)
         return observation, self._info({}, carried_out=-1)
@@ -124,6 +124,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if rolled_back:
             session.roll_back()
         statistics = session.run_interval(self._intervals[self._decision], self._schedule)
+        rate = float(self._schedule.learning_rate(statistics.step - 1)[0])
         log_loss = self._measure()
         shown = _with_validation(statistics, log_loss) if self._shows_validation else statistics
         update = self._steering.observe(shown)
@@ -131,7 +132,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         reward = self._reward(log_loss, switched=switched, rolled_back=rolled_back)
         self._decision += 1
         terminated = self._over = self._diverged or self._decision == len(self._intervals)
-        self._record(statistics, log_loss, int(carried_out[0]))
+        self._record(statistics, log_loss, rate, int(carried_out[0]))
         if self.render_mode == "human":
             self.render()
         events = {
@@ -151,7 +152,9 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         return render_history(self._history, self.render_mode)
 
     def close(self) -> None:
-        """Lets go of models and data."""
+        """Lets go of models and data, and closes the window."""
+        if self.render_mode == "human":
+            close_window()
         self._session = self._references = self._library = None
 
     # -- the job --------------------------------------------------------------------------------------------------
@@ -241,13 +244,13 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._return += reward
         return float(reward)
 
-    def _record(self, statistics: TrainingStatistics, log_loss: float, action: int) -> None:
+    def _record(self, statistics: TrainingStatistics, log_loss: float, rate: float, action: int) -> None:
         valid = statistics.loss[0][np.isfinite(statistics.loss[0])]
         self._history.append(
             step=int(statistics.step[0]),
             train_loss=float(valid.mean()) if len(valid) else math.nan,
             validation_loss=math.exp(min(log_loss, 50.0)),
-            learning_rate=float(self._schedule.learning_rate(statistics.step - 1)[0]),
+            learning_rate=rate,
             action=action,
         )
 
@@ -264,12 +267,21 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             "seed": self.sampled.seed,
             "given_rate": self.sampled.learning_rate,
             "learning_rate": float(self._schedule.learning_rate(self._schedule.step)[0]),
-            "level": float(self.table.levels[int(self._schedule.level[0])]),
+            "level": float(self._schedule.level_value()[0]),
             "validation_loss": math.exp(min(self._log_loss, 50.0)) if finite else -1.0,
             "score": improvement if finite and not self._diverged else self._return,
             "diverged": self._diverged,
             "events": dict(events),
         }
+
+
+def _given_job(options: Mapping[str, Any] | None) -> SampledTask | None:
+    """The job that `reset` was asked for, if it was."""
+    unknown = set(options or {}) - {"job"}
+    job = (options or {}).get("job")
+    if unknown or not (job is None or isinstance(job, SampledTask)):
+        raise ValueError(f"options: expected at most 'job', a SampledTask, got {options!r}")
+    return job
 
 
 def _with_validation(statistics: TrainingStatistics, log_loss: float) -> TrainingStatistics:
