@@ -1,0 +1,111 @@
+"""How far one level carries: constant relative update sizes against tuned rates, task by task.
+
+    python scripts/bench_levels.py --config configs/compare/levels.yaml --output levels.json [--quick]
+
+Every task of the file (a comparison's `tasks`) is run with linear decay at several learning rates and by holding each
+of several levels, full or LoRA as the task says; LoRA with both norms that a level can refer to. Reported is the final
+validation loss, nats per target. The rates that a held level led to are reported beside it.
+
+Writes {machine, versions, rows, ratios}; a ratio is the default level's gain over the best linear decay's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_common import describe_machine, describe_versions, write_report
+from llmrl_envs.interface.action import DEFAULT_RELATIVE_UPDATE, action_table
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.reference import given_rate_schedule
+from llmrl_envs.jobs.session import FineTuningSession
+
+from llmrl.config import CompareConfig
+from llmrl.config_loading import load_config
+
+WARMUP_FRACTION = 0.05
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEVEL_FACTORS = (1 / 8, 1 / 3, 1.0, 3.0, 8.0)
+
+
+def linear_loss(job: Job, rate: float, seed: int) -> float:
+    """Final validation loss of linear decay from a rate."""
+    session = FineTuningSession(job, seed=seed, record=False)
+    schedule = given_rate_schedule("linear", job.task.steps, rate, WARMUP_FRACTION)
+    for num_steps in decision_intervals(job.task.steps):
+        session.run_interval(num_steps, schedule)
+    return session.evaluate("validation").loss
+
+
+def held_loss(job: Job, level: float, norm: str, seed: int) -> tuple[float, float]:
+    """Final validation loss of holding a level, and the peak rate that it meant at the end."""
+    session = FineTuningSession(job, seed=seed, level_norm=norm)
+    table = dataclasses.replace(action_table("moves_only"), levels=(level, 2 * level), default_level=0)
+    settings = ScheduleSettings(warmup_fraction=WARMUP_FRACTION)
+    schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
+    update, weight = session.initial_norms()
+    schedule.observe_norms(np.array([update]), np.array([weight]))
+    for num_steps in decision_intervals(job.task.steps):
+        statistics = session.run_interval(num_steps, schedule)
+        schedule.advance(statistics.step)
+        schedule.observe_norms(statistics.update_norm, statistics.weight_norm)
+    return session.evaluate("validation").loss, float(schedule.peak_rate()[0])
+
+
+def measure(job: Job, seed: int, *, quick: bool) -> list[dict[str, Any]]:
+    """All rows of one task and seed."""
+    initial = FineTuningSession(job, seed=seed, record=False).evaluate("validation").loss
+    common = {"task": job.task.name, "mode": job.task.mode, "seed": seed, "loss_initial": initial}
+    rates, factors = (RATES[1:3], (1.0,)) if quick else (RATES, LEVEL_FACTORS)
+    rows = [{**common, "method": "linear", "rate": rate, "loss": linear_loss(job, rate, seed)} for rate in rates]
+    for norm in ("effective", "adapters") if job.task.mode == "lora" else ("effective",):
+        for factor in factors:
+            level = DEFAULT_RELATIVE_UPDATE * factor
+            loss, rate = held_loss(job, level, norm, seed)
+            rows.append({**common, "method": f"hold_{norm}", "level": level, "rate": rate, "loss": loss})
+    return rows
+
+
+def gain_ratio(rows: list[dict[str, Any]]) -> float:
+    """Mean over seeds of the default level's gain over that of the best linear rate."""
+    seeds = sorted({row["seed"] for row in rows})
+    ratios = []
+    for seed in seeds:
+        own = [row for row in rows if row["seed"] == seed]
+        initial = own[0]["loss_initial"]
+        best = min(row["loss"] for row in own if row["method"] == "linear")
+        held = [r for r in own if r["method"] == "hold_effective" and r["level"] == DEFAULT_RELATIVE_UPDATE]
+        ratios.append((initial - held[0]["loss"]) / (initial - best))
+    return float(np.mean(ratios))
+
+
+def main() -> None:
+    """Measures and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/compare/levels.yaml"))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="two rates, one level, one seed")
+    arguments = parser.parse_args()
+    config = load_config("compare", arguments.config, [])
+    assert isinstance(config, CompareConfig)
+    library = JobLibrary(config.device)
+    rows = []
+    for task in config.tasks[:1] if arguments.quick else config.tasks:
+        for seed in config.seeds[:1] if arguments.quick else config.seeds:
+            found = measure(library.job(task), seed, quick=arguments.quick)
+            rows += found
+            for row in found:
+                print({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}, flush=True)
+    ratios = {
+        name: gain_ratio([r for r in rows if r["task"] == name]) for name in dict.fromkeys(r["task"] for r in rows)
+    }
+    report = {"machine": describe_machine(), "versions": describe_versions(), "rows": rows, "ratios": ratios}
+    write_report(report, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
