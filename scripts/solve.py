@@ -41,6 +41,7 @@ class Problem:
     settings: Callable[[int], dict[str, Any]]
     details: Callable[[Any, int], dict[str, Any]] = field(default=lambda agent, steps: {})
     num_episodes: int = 100
+    make_training: Callable[[], Any] | None = None  # a vector environment to train in; without, what `make` makes
 
 
 class AnyStart(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -136,8 +137,17 @@ def mountain_car(steps: int) -> dict[str, Any]:
 
 
 def noisy_quadratic(steps: int) -> dict[str, Any]:
-    """Holding the level is the action to beat."""
-    return {**decaying(steps, 5e-4, 0.5), "gamma": 1.0, "n_step": 5, "epsilon_decay_steps": max(steps // 4, 1)}
+    """Small moves from a level that is good already; what an episode returns is the sum of its rewards."""
+    return {
+        **decaying(steps, 1e-3, 0.1),
+        "gamma": 1.0,
+        "n_step": 5,
+        "batch_size": 256,
+        "target_ema": 0.01,
+        "learning_starts": min(5_000, max(steps // 10, 1)),
+        "epsilon_start": 0.3,
+        "epsilon_decay_steps": max(steps // 2, 1),
+    }
 
 
 def catch(steps: int) -> dict[str, Any]:
@@ -170,22 +180,62 @@ def grid_world_details(agent: Any, steps: int) -> dict[str, Any]:
     }
 
 
+def make_quadratic() -> gymnasium.Env[Any, Any]:
+    """One noisy quadratic with the table of small moves."""
+    return gymnasium.make("llmrl_envs:llmrl/NoisyQuadratic-v0", actions="moves")
+
+
+def make_quadratics() -> Any:
+    """Many of them at once."""
+    from llmrl_envs.noisy_quadratic import NoisyQuadraticVectorEnv
+
+    return NoisyQuadraticVectorEnv(32, actions="moves")
+
+
+def noisy_quadratic_details(agent: Any, steps: int) -> dict[str, Any]:
+    """Final loss over that of the optimal schedule on 200 jobs, for the agent and for holding the level."""
+    from llmrl_envs.noisy_quadratic import NoisyQuadraticVectorEnv, expected_losses, optimal_schedules
+
+    env = NoisyQuadraticVectorEnv(200, actions="moves")
+    ratios: dict[str, float] = {}
+    best: NDArray[Any] | None = None
+    for name in ("agent", "hold"):
+        obs, info = env.reset(seed=EVALUATION_SEED)
+        if best is None:
+            best = expected_losses(env.quadratics, optimal_schedules(env.quadratics, tolerance=1e-6))[-1]
+        final, running = np.zeros(200), np.ones(200, dtype=np.bool_)
+        while running.any():
+            mask = np.asarray(info["action_mask"]).astype(np.bool_)
+            holding = np.full(200, env.table.hold)
+            action = holding if name == "hold" else agent.act(obs, mask, explore=False)
+            obs, _, terminated, _, info = env.step(action)
+            ended = terminated & running
+            if ended.any():
+                final[ended] = info["final_info"]["expected_loss"][ended]
+            running &= ~terminated
+        ratios[f"loss_over_optimal_{name}"] = float((final / best).mean())
+        ratios[f"loss_over_optimal_{name}_median"] = float(np.median(final / best))
+    return ratios
+
+
 PROBLEMS = {
     "GridWorld": Problem(make_grid_world, grid_world, grid_world_details),
     "CartPole-v1": Problem(gym("CartPole-v1"), cart_pole),
     "LunarLander-v3": Problem(gym("LunarLander-v3"), lunar_lander),
     "Acrobot-v1": Problem(gym("Acrobot-v1"), acrobot),
     "MountainCar-v0": Problem(gym("MountainCar-v0"), mountain_car),
-    "NoisyQuadratic": Problem(gym("llmrl_envs:llmrl/NoisyQuadratic-v0"), noisy_quadratic, num_episodes=200),
+    "NoisyQuadratic": Problem(
+        make_quadratic, noisy_quadratic, noisy_quadratic_details, num_episodes=200, make_training=make_quadratics
+    ),
     "Catch": Problem(make_catch, catch),
 }
 
 
-def train(agent: Any, env: gymnasium.Env[Any, Any], steps: int, seed: int) -> float:
+def train(agent: Any, env: Any, steps: int, seed: int) -> float:
     """Collects and learns for so many environment steps; returns environment steps per second."""
     collector = Collector(env, agent, seed=seed)
     start = time.perf_counter()
-    for _ in range(steps):
+    while collector.env_steps < steps:
         collector.step()
         agent.learn()
     return steps / (time.perf_counter() - start)
@@ -232,18 +282,18 @@ def interval(values: NDArray[np.float64], num_draws: int = 2000) -> tuple[float,
 def solve(name: str, steps: int, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One seed: training, then greedy episodes."""
     problem = PROBLEMS[name]
-    env = problem.make()
+    env, training = problem.make(), (problem.make_training or problem.make)()
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Box)
     config = DQNConfig(**{**problem.settings(steps), **changes, "seed": seed})
     agent = DQNAgent(
         config,
-        num_envs=1,
+        num_envs=getattr(training, "num_envs", 1),
         obs_shape=space.shape,
         num_actions=int(env.action_space.n),  # type: ignore[attr-defined]
         obs_dtype=np.uint8 if space.dtype == np.uint8 else np.float32,
     )
-    speed = train(agent, env, steps, seed)
+    speed = train(agent, training, steps, seed)
     returns = evaluate(agent, problem.make, problem.num_episodes, seed)
     return {
         "seed": seed,
