@@ -47,6 +47,8 @@ def held_loss(job: Job, level: float, norm: str, seed: int) -> tuple[float, floa
     table = dataclasses.replace(action_table("moves_only"), levels=(level, 2 * level), default_level=0)
     settings = ScheduleSettings(warmup_fraction=WARMUP_FRACTION)
     schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
+    if norm == "effective":
+        schedule.observe_mode(np.array([int(job.mode)]))
     update, weight = session.initial_norms()
     schedule.observe_norms(np.array([update]), np.array([weight]))
     for num_steps in decision_intervals(job.task.steps):

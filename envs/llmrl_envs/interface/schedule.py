@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
-from llmrl_envs.interface.statistics import Booleans, Floats, Integers
+from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TuningMode
 
 BaseName = Literal["constant", "linear", "cosine", "wsd"]
 BASE_NAMES: tuple[BaseName, ...] = ("constant", "linear", "cosine", "wsd")
 WSD_DECAY_FRACTION = 0.2
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
+LORA_LEVEL_SCALE = 2.8
+"""Effective relative update of a LoRA job over that of full fine-tuning at the same level; see docs/log.md."""
 
 _SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
 
@@ -179,6 +181,7 @@ class Schedule:
         self.weight_to_update: Floats = np.full(lanes, np.nan)
         self.num_measurements: Integers = np.zeros(lanes, np.int64)
         self.grid_shift: Floats = np.ones(lanes)
+        self.mode_scale: Floats = np.ones(lanes)
 
     @property
     def num_lanes(self) -> int:
@@ -199,10 +202,15 @@ class Schedule:
         self.weight_to_update[lanes] = np.nan
         self.num_measurements[lanes] = 0
         self.grid_shift[lanes] = 1.0
+        self.mode_scale[lanes] = 1.0
         for flag in (self.frozen, self.tight, self.has_snapshot, self.fallen_back):
             flag[lanes] = False
 
     # -- measurements ---------------------------------------------------------------------------------------------
+
+    def observe_mode(self, mode: Integers) -> None:
+        """Takes in what the jobs train, int64[E] of `TuningMode`, so that a level suits LoRA as it suits the rest."""
+        self.mode_scale = np.where(np.asarray(mode) == TuningMode.LORA, LORA_LEVEL_SCALE, 1.0)
 
     def observe_norms(self, update_norm: Floats, weight_norm: Floats) -> None:
         """Takes in ||u|| and ||theta||, float64[E]; values that are not finite and positive are passed over.
@@ -210,7 +218,7 @@ class Schedule:
         The first few measurements replace the ratio at once (Adam's update changes quickly while its moments fill),
         later ones are smoothed in log space.
         """
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ratio = np.asarray(weight_norm, np.float64) / np.asarray(update_norm, np.float64)
         usable = np.isfinite(ratio) & (ratio > 0.0)
         first = usable & np.isnan(self.weight_to_update)
@@ -226,7 +234,7 @@ class Schedule:
 
     def _keep_rate(self, lanes: Booleans, rate: Floats) -> None:
         """Moves the level to where the learning rate at the peak is `rate`, float64[E], exactly."""
-        wanted = np.where(lanes, rate / self.weight_to_update, 1.0)
+        wanted = np.where(lanes, rate / (self.weight_to_update * self.mode_scale), 1.0)
         nearest = np.abs(np.log(self._grid)[None, :] - np.log(wanted)[:, None]).argmin(axis=1)
         highest = np.clip(self.highest_level + nearest - self.level, 0, len(self._grid) - 1)
         self.highest_level = np.where(lanes, highest, self.highest_level)
@@ -235,12 +243,14 @@ class Schedule:
 
     # -- learning rates -------------------------------------------------------------------------------------------
 
+    def level_value(self) -> Floats:
+        """Each lane's level in the table's unit, float64[E]."""
+        return np.asarray(self._grid[self.level] * self.grid_shift)
+
     def peak_rate(self) -> Floats:
         """The learning rate that each lane's level means where the base schedule is 1, float64[E]."""
-        level = self._grid[self.level] * self.grid_shift
-        if self.table.unit is LevelUnit.GIVEN_RATE:
-            return np.asarray(level * self.given_rate)
-        return np.asarray(level * self.weight_to_update)
+        relative = self.table.unit is LevelUnit.RELATIVE_UPDATE
+        return self.level_value() * (self.weight_to_update * self.mode_scale if relative else self.given_rate)
 
     def factor(self, step: Integers) -> Floats:
         """Base schedule and cooldown at the optimizer steps with indices `step`, float64[E]."""
@@ -351,7 +361,7 @@ class Schedule:
     _STATE = (
         "step", "total_steps", "given_rate", "level", "highest_level", "decisions_since_change", "last_action",
         "frozen", "tight", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back", "weight_to_update",
-        "num_measurements", "grid_shift",
+        "num_measurements", "grid_shift", "mode_scale",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:

@@ -69,6 +69,7 @@ class Steering:
         lanes = np.arange(self.schedule.num_lanes)
         self.encoder.reset(lanes, hidden)
         self.guard.reset(lanes)
+        self.schedule.observe_mode(statistics.mode)
         self.schedule.observe_norms(update_norm, weight_norm)
         return self.encoder.encode(statistics, self.schedule)
 
