@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -144,13 +142,14 @@ def test_another_environment_has_no_task_to_try(tmp_path: Path, capsys: pytest.C
     assert "another environment" in capsys.readouterr().out
 
 
-def test_the_command_reports_on_the_job(config_file: Path) -> None:
-    environment = {**os.environ, "COLUMNS": "120"}
-    command = [sys.executable, "-m", "llmrl", "doctor", "--config", str(config_file), "task.steps=20"]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
+def test_the_command_reports_on_the_job(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["doctor", "--config", str(config_file), "task.steps=20"]) == 0
+    printed = capsys.readouterr().out
     for expected in ("torch", "Processes", "Task tried", "tokens per step", "memory", "Estimated time"):
-        assert expected in finished.stdout
+        assert expected in printed
 
 
 def test_a_job_that_cannot_run_says_why(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
