@@ -12,6 +12,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 prepare_environment ""
 
+# The built-in model is too small to gain from threads, and loses much where other programs run.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 run=runs/quickstart
 llmrl train --config configs/train/quickstart.yaml --output "$run" --resume
 
