@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _FIGURE_SIZE = (7.0, 6.0)
 _PIXELS_PER_INCH = 100
+_WINDOW = "llmrl"
 
 
 @dataclass
@@ -101,10 +102,18 @@ def figure_pixels(figure: Figure) -> np.ndarray:
 def _show_in_window(figure: Figure) -> None:
     from matplotlib import pyplot
 
-    window = pyplot.figure("llmrl", figsize=_FIGURE_SIZE, clear=True)
+    window = pyplot.figure(_WINDOW, figsize=_FIGURE_SIZE, clear=True)
     window.figimage(figure_pixels(figure), resize=True)
     window.canvas.draw_idle()
     window.canvas.flush_events()
+
+
+def close_window() -> None:
+    """Closes the window that "human" rendering opened; there need not be one."""
+    from matplotlib import pyplot
+
+    if _WINDOW in pyplot.get_figlabels():
+        pyplot.close(_WINDOW)
 
 
 def history_text(history: ScheduleHistory) -> str:
