@@ -38,7 +38,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     An episode terminates at the end of its budget, which progress in the observation announces, or when the job
     diverges. It never truncates.
 
-    `info` has `action_mask` (int8[A]), the losses, the rate and the guards' events of the interval.
+    `info` has `action_mask` (int8[A]), the validation loss, the interval's events, and the rate of the next step as it
+    would be under holding.
 
     Args:
         tasks: A `TaskDistribution`, or the mapping that makes one.
@@ -124,6 +125,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if rolled_back:
             session.roll_back()
         statistics = session.run_interval(self._intervals[self._decision], self._schedule)
+        # Read now: what the interval measured changes the rate that the level means.
         rate = float(self._schedule.learning_rate(statistics.step - 1)[0])
         log_loss = self._measure()
         shown = _with_validation(statistics, log_loss) if self._shows_validation else statistics
@@ -179,7 +181,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._steering = Steering(self.observation_spec, self._schedule)
         self._decision, self._over, self._diverged = 0, False, False
         self._return = 0.0
-        self._initial_log_loss = self._log_loss = self._measure()
+        # The reference began from the same weights, so its first value is this job's too: no pass over the data.
+        self._initial_log_loss = self._log_loss = self._reference[0]
         self._scale = self.reward_spec.scale(self._initial_log_loss, self._reference[-1])
         self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
         update, weight = self._session.initial_norms()

@@ -482,6 +482,16 @@ def test_a_human_sees_every_step_in_a_window_until_the_end(make_env):
     assert pyplot.get_figlabels() == []
 
 
+def test_the_picture_has_the_rates_that_were_used(make_env):
+    env = make_env()
+    env.reset(seed=0)
+    used = []
+    env._session.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    for action in (3, 2, 1, 2):
+        env.step(action)
+    assert env._history.learning_rates == used[1::2]
+
+
 def test_rendering_without_a_mode_says_what_to_do(make_env):
     env = make_env()
     env.reset(seed=0)

@@ -6,6 +6,7 @@ seed and actions give the same numbers, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.snapshot import SessionSnapshot, restore_snapshot, take_snapshot
 
+LEVEL_NORMS = ("effective", "adapters")
 # "embed_out" is the output layer of a GPT-NeoX.
 _EMBEDDING = re.compile(r"embed(?!_out)|\bwte\b|\bwpe\b")
 _LAYER_INDEX = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
@@ -65,7 +67,7 @@ class FineTuningSession:
         record: Measure statistics; without, `run_interval` trains and returns statistics that know nothing.
 
     Raises:
-        UserError: A batch has fewer examples than there are processes.
+        UserError: A batch has fewer examples than there are processes, or there is no such `level_norm`.
     """
 
     def __init__(
@@ -83,6 +85,9 @@ class FineTuningSession:
         self.seed = seed
         self.parallel: ParallelContext = parallel or SingleProcess()
         _check_shares(job.task.batch_size, self.parallel.world_size)
+        if level_norm not in LEVEL_NORMS:
+            expected = " or ".join(LEVEL_NORMS)
+            raise UserError("unknown norm of a level", expected=expected, got=repr(level_norm), where="level_norm")
         self.precision = Precision(job.task.precision, job.device)
         self.step = 0
         self.tokens_trained = 0
@@ -109,8 +114,10 @@ class FineTuningSession:
 
     @property
     def capabilities(self) -> frozenset[UpdateChoice]:
-        """Update choices that the session can carry out: all of them."""
-        return frozenset(UpdateChoice)
+        """Update choices that would change this job: freezing needs several layers, tightening a limit."""
+        useless = set() if self._lower_half else {UpdateChoice.FREEZE}
+        useless |= set() if math.isfinite(self.task.optimizer.max_grad_norm) else {UpdateChoice.TIGHTEN}
+        return frozenset(UpdateChoice) - useless
 
     @property
     def total_steps(self) -> int:

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ACTION_TABLES, UpdateChoice, action_table
 from llmrl_envs.interface.schedule import (
+    LORA_LEVEL_SCALE,
     TIGHT_CLIPPING,
     Schedule,
     ScheduleSettings,
     base_factor,
     decision_intervals,
 )
+from llmrl_envs.interface.statistics import TuningMode
 
 
 def build(actions="moves", *, total_steps=100, given_rate=1e-3, norms=(2.0, 8.0), **changes):
@@ -112,6 +114,18 @@ def test_the_relative_update_of_a_step_is_the_level_times_the_base():
     for step in (0, 5, 10, 50, 99):
         base = base_factor("linear", np.array(step), np.array(100), np.array(10))
         assert rate(schedule, step) * 3.0 / 60.0 == pytest.approx(level * base, rel=1e-12)
+
+
+@pytest.mark.parametrize("start", ["default", "given"])
+def test_a_level_means_more_for_adapters_but_a_given_rate_is_a_given_rate(start):
+    schedule = build(norms=None, start=start, warmup_fraction=0.0, given_rate=1e-3)
+    schedule.observe_mode(np.array([TuningMode.LORA]))
+    schedule.observe_norms(np.array([2.0]), np.array([8.0]))
+    expected = 1e-3 if start == "given" else LORA_LEVEL_SCALE * 2.5e-3 * 4.0
+    assert rate(schedule, 0) == pytest.approx(expected, rel=1e-12)
+    schedule.reset(np.array([0]), np.array([100]), np.array([1e-3]))
+    schedule.observe_norms(np.array([2.0]), np.array([8.0]))
+    assert rate(schedule, 0) == pytest.approx(1e-3 if start == "given" else 2.5e-3 * 4.0, rel=1e-12)
 
 
 def test_rates_are_unknown_until_norms_are():

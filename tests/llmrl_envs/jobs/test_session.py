@@ -69,7 +69,7 @@ def run(job, intervals=(3, 4), *, seed=0, schedule=None, **arguments):
 # -- training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("llama", "full"), ("bert", "full"), ("llama", "lora")])
+@pytest.mark.parametrize(("kind", "mode"), [("llama", "full"), ("bert", "full"), ("llama", "lora"), ("bert", "lora")])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(make_job, kind, mode):
     job = make_job(kind, mode=mode)
     first, losses = run(job, seed=3)
@@ -544,4 +544,17 @@ def test_what_is_known_before_the_first_step(make_job):
     assert weight == pytest.approx(float(torch.cat([p.flatten() for p in job.initial.values()]).norm()), rel=1e-5)
     first = session.run_interval(1, rates(job))
     assert 0.5 * update < first.update_norm[0] <= update * 1.001
-    assert session.capabilities == frozenset(UpdateChoice)
+
+
+def test_only_choices_that_change_the_job_are_offered(make_job):
+    assert FineTuningSession(make_job(), seed=0).capabilities == frozenset(UpdateChoice)
+    single_layer = FineTuningSession(make_job("gpt2"), seed=0)
+    assert single_layer.capabilities == frozenset(UpdateChoice) - {UpdateChoice.FREEZE}
+    unlimited = FineTuningSession(make_job(optimizer={"max_grad_norm": float("inf")}), seed=0)
+    assert unlimited.capabilities == frozenset(UpdateChoice) - {UpdateChoice.TIGHTEN}
+    assert not unlimited.run_interval(2, rates(unlimited.job)).clipped.any()
+
+
+def test_an_unknown_norm_is_refused(make_job):
+    with pytest.raises(UserError, match="effective or adapters"):
+        FineTuningSession(make_job(), seed=0, level_norm="efective")
