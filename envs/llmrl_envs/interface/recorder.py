@@ -202,13 +202,15 @@ class _MomentNorms:
         if "exp_avg" not in state or "exp_avg_sq" not in state:
             return torch.full_like(parameter, float("nan"))
         beta1, beta2 = group["betas"]
-        step = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+        step = _step_count(state["step"])
         correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
+        if isinstance(correction2, float) and correction2 == 0.0:  # every step so far was skipped
+            return torch.full_like(parameter, float("nan"))
         mean, variance = state["exp_avg"], state["exp_avg_sq"]
         flat = mean.reshape(-1)
-        self._mean_squares.append(torch.dot(flat, flat) / correction1.square())
+        self._mean_squares.append(torch.dot(flat, flat) / correction1**2)
         self._variances.append(variance.sum() / correction2)
-        denominator = variance.sqrt().mul_(correction2.rsqrt()).add_(group["eps"])
+        denominator = variance.sqrt().mul_(correction2**-0.5).add_(group["eps"])
         return torch.div(mean, denominator.mul_(correction1))
 
     def update_norm_square(self, parameter: Parameter) -> Tensor:
@@ -221,6 +223,13 @@ class _MomentNorms:
         if not self._variances:
             return torch.tensor(float("nan"))
         return (torch.stack(self._mean_squares).sum() / (torch.stack(self._variances).sum() + _EPSILON)).sqrt()
+
+
+def _step_count(step: Tensor | float) -> Tensor | float:
+    """Adam's count of steps: a number where reading it waits for nothing, else the tensor on its device."""
+    if isinstance(step, Tensor):
+        return float(step) if step.device.type == "cpu" else step.float()
+    return float(step)
 
 
 def _pair_update_square(pair: LowRankPair, moments: _MomentNorms) -> Tensor:
