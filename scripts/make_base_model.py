@@ -2,7 +2,7 @@
 """Pretrain the built-in base model: a byte-level Llama of 218 thousand parameters, in about 20 minutes on one core.
 
     python scripts/make_base_model.py                              # the model that ships, with its seed and steps
-    python scripts/make_base_model.py --output base --minutes 5 
+    python scripts/make_base_model.py --output base --minutes 5
     python scripts/make_base_model.py --output base --quick        # a few seconds; the result is of no use
 
 It learns from the standard library of the Python that runs it: sources and documentation, **without** every file
