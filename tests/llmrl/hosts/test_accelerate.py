@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llmrl_envs.jobs.parallel import SingleProcess
 from safetensors.numpy import load_file
+
+from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
 
 CASES = {
     "full": {},
@@ -60,6 +63,29 @@ def test_a_second_job_in_the_same_processes_starts_afresh(results):
     for name in ("first", "second"):
         found = results["full"][name]
         np.testing.assert_array_equal(found["again.loss"], found["loss"])
+
+
+class FakeAccelerator:
+    """Notes which backward passes keep their gradients to themselves."""
+
+    process_index, num_processes = 0, 2
+
+    def no_sync(self, model):
+        return f"no_sync({model})"
+
+
+def test_gradients_travel_in_the_last_backward_pass_only():
+    context = AcceleratorContext(FakeAccelerator())
+    assert context.accumulate("model", last=False) == "no_sync(model)"
+    assert context.accumulate("model", last=True) != "no_sync(model)"
+
+
+@pytest.mark.parametrize("world_size", [None, "1"])
+def test_a_process_alone_needs_no_accelerator(monkeypatch, world_size):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert isinstance(parallel_context(), SingleProcess)
 
 
 # -- the program ----------------------------------------------------------------------------------------------------
@@ -131,8 +157,6 @@ def one_of_two(folder):
     import torch
     from accelerate import Accelerator
 
-    from llmrl.hosts.accelerate import AcceleratorContext
-
     torch.set_num_threads(1)
     context = AcceleratorContext(Accelerator(cpu=True))
     assert context.world_size == 2
@@ -142,7 +166,6 @@ def one_of_two(folder):
 def main(folder):
     import torch
     from accelerate import debug_launcher
-    from llmrl_envs.jobs.parallel import SingleProcess
 
     torch.set_num_threads(1)
     write_data(folder)

@@ -288,6 +288,21 @@ def test_encoding_some_lanes_leaves_the_memory_of_the_others(make_statistics):
     np.testing.assert_array_equal(last[1], twin.encode(third, schedule)[1])
 
 
+def test_only_the_lanes_that_start_anew_are_forgotten(make_statistics):
+    rng = np.random.default_rng(0)
+    spec, schedule = ObservationSpec(MOVES), new_schedule(2)
+    encoder, twin, fresh = (ObservationEncoder(spec, 2) for _ in range(3))
+    for _ in range(3):
+        statistics = random_interval(rng, make_statistics, lanes=2, validation_loss=np.array([0.5, 0.5]))
+        encoder.encode(statistics, schedule)
+        twin.encode(statistics, schedule)
+    encoder.reset(np.array([1]))
+    statistics = random_interval(rng, make_statistics, lanes=2)
+    found = encoder.encode(statistics, schedule)
+    np.testing.assert_array_equal(found[0], twin.encode(statistics, schedule)[0])
+    np.testing.assert_array_equal(found[1], fresh.encode(statistics, schedule)[1])
+
+
 def test_a_restored_encoder_goes_on_as_if_never_interrupted(make_statistics):
     rng = np.random.default_rng(0)
     spec, schedule = ObservationSpec(MOVES), new_schedule(2)

@@ -9,8 +9,13 @@ from llmrl_envs.jobs.loading import JobLibrary, resolve_device
 
 
 @pytest.fixture
-def num_loads(monkeypatch):
-    """Counts what is really loaded."""
+def task(make_job):
+    return make_job().task
+
+
+@pytest.fixture
+def num_loads(task, monkeypatch):
+    """Counts what is really loaded from now on."""
     loads = {"model": 0, "data": 0}
 
     def counted(kind, original):
@@ -29,8 +34,8 @@ def variant(task, **changes):
     return type(task).model_validate({**dict(task), **changes})
 
 
-def test_tasks_of_one_model_and_one_dataset_load_each_once(make_job, num_loads):
-    library, task = JobLibrary("cpu"), make_job().task
+def test_tasks_of_one_model_and_one_dataset_load_each_once(task, num_loads):
+    library = JobLibrary("cpu")
     first = library.job(task)
     for changes in ({"steps": 99}, {"learning_rate": 1.0}, {"name": "x"}, {"optimizer": {"weight_decay": 0.1}}):
         other = library.job(variant(task, **changes))
@@ -39,8 +44,8 @@ def test_tasks_of_one_model_and_one_dataset_load_each_once(make_job, num_loads):
     assert num_loads == {"model": 1, "data": 1}
 
 
-def test_another_mode_length_or_data_is_another_matter(make_job, num_loads):
-    library, task = JobLibrary("cpu"), make_job().task
+def test_another_mode_length_or_data_is_another_matter(task, num_loads):
+    library = JobLibrary("cpu")
     first = library.job(task)
     lora = library.job(variant(task, mode="lora"))
     assert lora.loaded.model is not first.loaded.model

@@ -346,6 +346,22 @@ def test_a_fresh_session_goes_on_from_the_snapshot_of_another(make_job):
     assert_equal(weights(other), found)
 
 
+def test_a_snapshot_remembers_the_loss_scale_and_a_rollback_keeps_the_present_one(make_job):
+    job = make_job(precision="fp16")
+    session = FineTuningSession(job, seed=0)
+    session.run_interval(2, rates(job))
+    session.mark_best()
+    snapshot, scale = session.snapshot(), session.precision.state_dict()
+    with broken(job, 0, "infinite gradient"):
+        session.run_interval(1, rates(job))
+    lower = session.precision.state_dict()
+    assert lower["loss_scale"] == scale["loss_scale"] / 2
+    session.roll_back()
+    assert session.precision.state_dict() == lower
+    session.restore(snapshot)
+    assert session.precision.state_dict() == scale
+
+
 def test_a_snapshot_remembers_what_a_rollback_returned_to(make_job):
     job = make_job()
     session = FineTuningSession(job, seed=0)
