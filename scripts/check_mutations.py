@@ -97,7 +97,7 @@ MUTATIONS = (
     Mutation(
         "n-step returns bootstrap with gamma instead of gamma**m",
         "n_step.py",
-        "return NStep(total, gamma ** (final + 1.0),",
+        "return NStep(total, powers.take(final + 1),",
         "return NStep(total, np.full(num_starts, gamma),",
         ("n_step",),
     ),
@@ -279,7 +279,8 @@ MUTATIONS = (
         "terminated and truncated confused by the collector",
         "lanes.py",
         "            np.array([terminated], dtype=np.bool_),\n            np.array([truncated], dtype=np.bool_),\n",
-        "            np.array([terminated or truncated], dtype=np.bool_),\n            np.array([False], dtype=np.bool_),\n",
+        "            np.array([terminated or truncated], dtype=np.bool_),\n"
+        "            np.array([False], dtype=np.bool_),\n",
         ("collector",),
     ),
     Mutation(

@@ -35,10 +35,10 @@ def n_step_returns(
     stopped = stop.take(windows)  # [B, n]
     stopped[:, -1] = True
     final = stopped.argmax(axis=1)  # [B] place of the last transition in its window
-    powers = gamma ** np.arange(n_step)
+    powers = gamma ** np.arange(n_step + 1.0)
     inside = np.arange(n_step) <= final[:, None]
-    total = np.where(inside, reward * powers, 0.0).sum(axis=1)
-    return NStep(total, gamma ** (final + 1.0), windows[np.arange(num_starts), final])
+    total = np.where(inside, reward * powers[:-1], 0.0).sum(axis=1)
+    return NStep(total, powers.take(final + 1), windows[np.arange(num_starts), final])
 
 
 def window_slots(

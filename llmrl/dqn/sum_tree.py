@@ -103,27 +103,42 @@ class SumTree:
         Raises:
             ValueError: All priorities are 0, or a mass is outside [0, total).
         """
-        prefix = self._top_prefix()
-        rest = np.atleast_1d(np.asarray(mass, dtype=np.float64))
-        if not prefix[-1] > 0:
+        total = self.total
+        wanted = np.atleast_1d(np.asarray(mass, dtype=np.float64))
+        if not total > 0:
             raise ValueError("drawing from a sum tree: expected a positive priority, got none")
-        if rest.size and not (rest.min() >= 0 and rest.max() < prefix[-1]):
-            raise ValueError(f"mass: expected numbers in [0, {prefix[-1]}), got {rest.min()} to {rest.max()}")
-        node = prefix.searchsorted(rest, side="right")
-        rest = rest - np.where(node > 0, prefix.take(node - 1), 0.0)
-        for family in reversed(self._families):
-            node, rest = _descend(family, node, rest)
-        return node.astype(np.int64, copy=False)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < total):
+            raise ValueError(f"mass: expected numbers in [0, {total}), got {wanted.min()} to {wanted.max()}")
+        return self._find(wanted)
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> NDArray[np.int64]:  # [B]
         """Draws leaves in proportion to their priorities, one from each of `batch_size` equal parts of the total.
 
         Every draw lies uniformly in its part (stratified, as in Schaul et al. 2016), so that a leaf of probability p
         is expected batch_size * p times, with less variance than from independent draws.
+
+        Raises:
+            ValueError: All priorities are 0, or the batch size is not positive.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
         total = self.total
+        if not total > 0:
+            raise ValueError("drawing from a sum tree: expected a positive priority, got none")
         mass = (np.arange(batch_size) + rng.random(batch_size)) * (total / batch_size)
-        return self.find(np.minimum(mass, np.nextafter(total, 0.0)))
+        mass[-1] = min(mass[-1], np.nextafter(total, 0.0))  # the product may round up
+        return self._find(mass)
+
+    def _find(self, mass: NDArray[np.float64]) -> NDArray[np.int64]:
+        """`find` without checks."""
+        prefix = self._top_prefix()
+        node = prefix.searchsorted(mass, side="right")
+        if not self._families:
+            return node
+        rest = mass - np.where(node > 0, prefix.take(node - 1), 0.0)
+        for family in self._families[:0:-1]:
+            node, rest = _descend(family, node, rest)
+        return _child(self._families[0], node, rest)[0]
 
     def _check(self, index: NDArray[np.int64], priority: NDArray[np.float64]) -> None:
         if priority.ndim and priority.shape != index.shape:
@@ -155,16 +170,26 @@ class SumTree:
         return self._prefix
 
 
-def _descend(
+def _child(
     family: NDArray[np.float64],  # [P, FAN_OUT] children of every node
     node: NDArray[np.int64],  # [B] nodes to descend from
     rest: NDArray[np.float64],  # [B] mass to find within the node
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The child in which each mass falls, and what is left of the mass within that child."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """The child in which each mass falls, its place [B] in its family, and the prefix sums and mass that found it."""
     prefix = family.take(node, axis=0).cumsum(axis=1)  # [B, FAN_OUT]
     end = prefix[:, -1]
     if (rest >= end).any():  # the sum of a node rounds differently from its place in its parent's prefix
         rest = np.minimum(rest, np.nextafter(end, 0.0))
-    child = (prefix > rest[:, None]).argmax(axis=1)
-    before = prefix.ravel().take(np.arange(0, prefix.size, FAN_OUT) + child - 1)  # of child 0 not meant
-    return node * FAN_OUT + child, rest - np.where(child > 0, before, 0.0)
+    place = (prefix > rest[:, None]).argmax(axis=1)
+    return node * FAN_OUT + place, place, prefix, rest
+
+
+def _descend(
+    family: NDArray[np.float64],  # [P, FAN_OUT]
+    node: NDArray[np.int64],  # [B]
+    rest: NDArray[np.float64],  # [B]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The child in which each mass falls, and what is left of the mass within that child."""
+    child, place, prefix, rest = _child(family, node, rest)
+    before = prefix.ravel().take(np.arange(0, prefix.size, FAN_OUT) + place - 1)  # without meaning for place 0
+    return child, rest - np.where(place > 0, before, 0.0)

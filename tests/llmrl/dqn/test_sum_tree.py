@@ -180,6 +180,8 @@ def test_of_an_index_that_occurs_twice_the_last_priority_counts():
         (lambda: SumTree(3).set([0], float("inf")), "expected finite numbers >= 0, got inf"),
         (lambda: SumTree(3).set([0, 1], [1.0]), r"expected shape \(2,\) like the indices, got \(1,\)"),
         (lambda: SumTree(3).find([0.0]), "expected a positive priority, got none"),
+        (lambda: SumTree(3).sample(2, np.random.default_rng(0)), "expected a positive priority, got none"),
+        (lambda: _tree_of_two().sample(0, np.random.default_rng(0)), "batch_size: expected a positive number, got 0"),
         (lambda: _tree_of_two().find([2.0]), r"expected numbers in \[0, 2.0\), got 2.0 to 2.0"),
         (lambda: _tree_of_two().find([-0.1]), r"expected numbers in \[0, 2.0\), got -0.1"),
     ],
