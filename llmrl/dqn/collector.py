@@ -146,12 +146,17 @@ class Collector:
 
     def _account(self, step: Step) -> list[Episode]:
         """Adds a step to the episodes under way and closes those that ended."""
-        counted = np.ones(self.num_envs, dtype=np.bool_) if step.valid is None else step.valid
-        self.env_steps += int(counted.sum())
-        self._return += np.where(counted, step.reward, 0.0)
-        self._length += counted
-        ended = np.flatnonzero((step.terminated | step.truncated) & counted)
-        return [self._close(int(lane), step) for lane in ended]
+        ended = step.terminated | step.truncated
+        if step.valid is None:
+            self.env_steps += self.num_envs
+            self._return += step.reward
+            self._length += 1
+        else:
+            self.env_steps += int(step.valid.sum())
+            self._return += np.where(step.valid, step.reward, 0.0)
+            self._length += step.valid
+            ended &= step.valid
+        return [self._close(lane, step) for lane in ended.nonzero()[0].tolist()]
 
     def _close(self, lane: int, step: Step) -> Episode:
         episode = Episode(

@@ -146,14 +146,11 @@ class EpsilonGreedy:
         chosen = np.full(self.num_envs, GREEDY, dtype=np.int64)
         starts = coin < self.epsilon(env_steps)
         if self.max_repeat > 1:
-            goes_on = (self._remaining > 0) & mask[np.arange(self.num_envs), self._action]
-            chosen[goes_on] = self._action[goes_on]
-            starts &= ~goes_on
-            self._remaining[~goes_on] = 0
+            starts &= ~self._go_on(mask, chosen)
         if starts.any():
             chosen[starts] = random_actions(mask[starts], self._rng)
-            self._begin(starts, chosen)
-        self._remaining = np.maximum(self._remaining - 1, 0)
+            if self.max_repeat > 1:
+                self._begin(starts, chosen)
         return chosen
 
     def end_episodes(self, ended: NDArray[np.bool_]) -> None:  # [E]
@@ -180,13 +177,18 @@ class EpsilonGreedy:
         self._action = np.array(state["action"], dtype=np.int64)
         self._remaining = np.array(state["remaining"], dtype=np.int64)
 
+    def _go_on(self, mask: NDArray[np.bool_], chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Fills in the actions that go on, and says where; one that is not available is over."""
+        going_on = (self._remaining > 0) & mask[np.arange(self.num_envs), self._action]
+        chosen[going_on] = self._action[going_on]
+        self._remaining = np.where(going_on, self._remaining - 1, 0)
+        return going_on
+
     def _begin(self, starts: NDArray[np.bool_], chosen: NDArray[np.int64]) -> None:
-        """Draws for how many decisions the actions that begin now go on."""
-        if self.max_repeat == 1:
-            return
+        """Draws for how many more decisions the actions that begin now go on."""
         draw = self._rng.random(int(starts.sum()))
         self._action[starts] = chosen[starts]
-        self._remaining[starts] = self._length_prefix.searchsorted(draw, side="right") + 1
+        self._remaining[starts] = self._length_prefix.searchsorted(draw, side="right")
 
 
 def _check_probability(**values: float) -> None:
