@@ -196,7 +196,6 @@ class VectorLanes:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on within the episodes."""
-        self.env.reset(seed=0)
         _load_env_state(self.env, state)
         self._obs, self._mask = _unpack(state)
         self.in_episode = np.array(state["in_episode"], dtype=np.bool_)

@@ -234,7 +234,10 @@ class ReplayBuffer:
         """
         stored = StoredReplay(path)
         check_agrees(str(path), stored.about, self._about(), ("spec", "metadata", "num_envs", "capacity"))
-        self.rows = Rows(self.spec, self.rows.num_rows)
+        rows = Rows(self.spec, self.rows.num_rows)
+        if stored.damage is None:
+            stored.fill(rows)
+        self.rows = rows
         self._tree = None if self._tree is None else SumTree(self.capacity)
         self._identity = stored.about["identity"]
         self.max_priority = 0.0
@@ -242,11 +245,10 @@ class ReplayBuffer:
         self.num_stale_updates = stored.about["num_stale_updates"]
         if stored.damage is not None:
             return self.merge(stored)
-        stored.fill(self.rows)
         same = all(stored.about[key] == self._about()[key] for key in ("sampling", "alpha"))
         priorities = stored.priorities() if same else None
         if self._tree is not None:
-            self._tree.set(self.rows.live_slots(), self._highest_leaf if priorities is None else priorities)
+            self._tree.set(rows.live_slots(), self._highest_leaf if priorities is None else priorities)
         return LoadReport(stored.num_stored, len(self), None)
 
     def merge(self, source: Path | StoredReplay | ReplayBuffer) -> LoadReport:

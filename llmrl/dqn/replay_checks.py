@@ -66,7 +66,7 @@ class TransitionSpec:
             self._lanes,
             self._observation("obs", obs),
             self._vector("action", action, "iu"),
-            self._vector("reward", reward, "fiu"),
+            self._reward(reward),
             self._vector("terminated", terminated, "b"),
             self._vector("truncated", truncated, "b"),
             self._observation("next_obs", next_obs),
@@ -99,6 +99,10 @@ class TransitionSpec:
             expected = {"iu": "integer", "fiu": "number", "b": "bool"}[kinds]
             raise ValueError(f"{name}: expected dtype {expected}, got {array.dtype}")
         return array
+
+    def _reward(self, value: ArrayLike) -> NDArray[np.float32]:
+        with np.errstate(over="ignore"):
+            return self._vector("reward", value, "fiu").astype(np.float32, copy=False)
 
     def _mask(self, name: str, value: ArrayLike) -> NDArray[np.bool_]:
         array = np.asarray(value)

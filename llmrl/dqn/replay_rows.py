@@ -138,9 +138,20 @@ class Rows:
         return {**lanes, "next_episode": self.next_episode, "next_generation": self.next_generation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over where every lane stood; `lane_slots` then says where its rows belong."""
-        for name in STATE:
-            getattr(self, name)[:] = state[name]
+        """Takes over where every lane stood; `lane_slots` then says where its rows belong.
+
+        Raises:
+            ValueError: The state is not one of these lanes.
+        """
+        values = {name: np.asarray(state[name]) for name in STATE}
+        shapes = {name: value.shape for name, value in values.items() if value.shape != (self.num_envs,)}
+        if shapes:
+            raise ValueError(f"state of the lanes: expected {self.num_envs} values of each kind, got {shapes}")
+        head, count = values["head"], values["count"]
+        if min(head.min(), count.min()) < 0 or head.max() >= self.num_rows or count.max() > self.num_rows:
+            raise ValueError(f"state of the lanes: expected rows up to {self.num_rows}, got {head}, {count}")
+        for name, value in values.items():
+            getattr(self, name)[:] = value
         self.next_episode, self.next_generation = int(state["next_episode"]), int(state["next_generation"])
         self.total = int(self.count.sum())
 

@@ -88,12 +88,15 @@ class StoredReplay:
     def __init__(self, path: Path) -> None:
         _finish_rename(path)
         self.path = path
-        self.manifest = manifest = _read_manifest(path)
-        self.about: dict[str, Any] = manifest["about"]
-        self._tables = {name: self._read(entry) for name, entry in manifest["tables"].items()}
+        self.manifest = _read_manifest(path)
+        try:
+            self.about: dict[str, Any] = dict(self.manifest["about"])
+            self._tables = {name: self._read(entry) for name, entry in self.manifest["tables"].items()}
+            self.num_stored = int(self.manifest["tables"]["rows"]["num_rows"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / MANIFEST}: expected a manifest that is whole, got {error!r}") from error
         self._columns = self._tables["rows"].columns
         self.damage = next((table.damage for table in self._tables.values() if table.damage is not None), None)
-        self.num_stored = int(manifest["tables"]["rows"]["num_rows"])
         self.num_intact = self._count_intact()
         if self.num_stored and not self.num_intact:
             raise ValueError(f"{path}: expected at least one intact transition, got none: {self.damage}")

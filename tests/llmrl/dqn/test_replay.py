@@ -336,6 +336,7 @@ def good_step(**changes):
         ({"next_obs": np.full((2, 3), np.inf)}, "next_obs: expected finite numbers, got inf"),
         ({"obs": np.full((2, 3), 1e300)}, "obs: expected finite numbers, got inf"),
         ({"reward": np.array([0.0, np.nan])}, "reward: expected finite numbers, got nan"),
+        ({"reward": np.array([0.0, 1e300])}, "reward: expected finite numbers, got inf"),
         ({"reward": np.zeros(3)}, r"reward: expected shape \(2,\), got \(3,\)"),
         ({"action": np.array([0, 4])}, r"action: expected 0 to 3, got \[0, 4\]"),
         ({"action": np.array([0, -1])}, r"action: expected 0 to 3, got \[0, -1\]"),

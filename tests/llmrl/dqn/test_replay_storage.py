@@ -422,6 +422,9 @@ def test_a_buffer_can_go_on_after_damage(folder):
         (lambda f: (f / "manifest.json").write_text("[]"), "expected the manifest of a 'llmrl replay' folder, got"),
         (lambda f: edit_manifest(f, format_version=2), "expected format_version 1, got 2"),
         (lambda f: edit_manifest(f, lanes=None), "expected the key 'lanes'"),
+        (lambda f: edit_manifest(f, tables={"rows": {}}), "expected a manifest that is whole, got KeyError"),
+        (lambda f: edit_manifest(f, tables=["rows"]), "expected a manifest that is whole, got AttributeError"),
+        (lambda f: edit_manifest(f, about=7), "expected a manifest that is whole, got TypeError"),
         (lambda f: (f / "obs.npy").rename(f / "observation.npy"), "obs.npy: expected a column, got no such file"),
         (
             lambda f: shutil.copy(f / "reward.npy", f / "obs.npy"),
@@ -439,6 +442,25 @@ def test_files_that_are_not_what_they_should_be_are_refused(folder, damage, mess
     for load in (make(num_envs=1).restore, make(num_envs=1).merge):
         with pytest.raises(ValueError, match=message):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": [51]}, "expected 51 transitions in lane 0, got 50"),
+        ({"count": [61]}, "expected rows up to 60, got"),
+        ({"head": [-1]}, "expected rows up to 60, got"),
+        ({"count": [25, 25]}, "expected 1 values of each kind, got"),
+    ],
+)
+def test_lanes_that_cannot_be_are_refused_and_leave_the_buffer_as_it_was(folder, changes, message):
+    lanes = json.loads((folder / "manifest.json").read_text())["lanes"]
+    edit_manifest(folder, lanes={**lanes, **changes})
+    replay = make(num_envs=1)
+    play(replay, 4, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=message):
+        replay.restore(folder)
+    assert len(replay) == 4
 
 
 def edit_manifest(folder, **changes):
