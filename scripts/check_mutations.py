@@ -270,7 +270,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no bootstrap after truncation",
-        "replay.py",
+        "replay_batch.py",
         'np.where(last["terminated"], 0.0, returns.discount)',
         'np.where(last["terminated"] | last["truncated"], 0.0, returns.discount)',
         ("n_step",),

@@ -12,40 +12,23 @@ from __future__ import annotations
 import json
 import uuid
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmrl.dqn.n_step import NStep, n_step_returns, window_slots
+from llmrl.dqn.replay_batch import Batch, RewardTransform, build_batch
 from llmrl.dqn.replay_checks import TransitionSpec, check_positive
 from llmrl.dqn.replay_merge import Experience, HeldExperience, merge
 from llmrl.dqn.replay_rows import Changed, Rows
 from llmrl.dqn.replay_storage import LoadReport, StoredReplay, append_replay, check_agrees, write_replay
 from llmrl.dqn.sum_tree import SumTree
 
+__all__ = ["Batch", "LoadReport", "ReplayBuffer", "Sampling"]
+
 Sampling = Literal["uniform", "prioritized", "lap"]
-RewardTransform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 PRIORITY_FLOOR = 1e-6  # added to |td| so that no stored transition is out of reach
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B transitions over n steps, ready for a loss. `discount` carries termination: 0 = nothing comes after."""
-
-    obs: NDArray[Any]  # [B, *obs_shape] float32 or uint8
-    action: NDArray[np.int64]  # [B]
-    reward: NDArray[np.float32]  # [B] sum of gamma**k * reward over the window
-    discount: NDArray[np.float32]  # [B] gamma**m for a window of m steps, 0 after termination
-    next_obs: NDArray[Any]  # [B, *obs_shape] m steps later; the final observation where an episode ended
-    mask: NDArray[np.bool_]  # [B, A] actions available at obs
-    next_mask: NDArray[np.bool_]  # [B, A] actions available at next_obs
-    weight: NDArray[np.float32]  # [B] importance weight of each loss
-    index: NDArray[np.int64]  # [B] slot, for update_priorities
-    generation: NDArray[np.int64]  # [B] number of the transition in that slot, for update_priorities
 
 
 class ReplayBuffer:
@@ -175,7 +158,7 @@ class ReplayBuffer:
             index = self.rows.slots_of(rng.integers(0, len(self), batch_size))
         else:
             index = self._tree.sample(batch_size, rng)
-        return self._batch(index, n_step, gamma, self._weights(index, beta), reward_transform)
+        return build_batch(self.rows, index, self._weights(index, beta), n_step, gamma, reward_transform)
 
     def update_priorities(
         self,
@@ -322,40 +305,3 @@ class ReplayBuffer:
         if self.sampling == "lap":
             return np.asarray(np.maximum(priority, 1.0) ** self.alpha)
         return np.asarray((priority + PRIORITY_FLOOR) ** self.alpha)
-
-    def _batch(
-        self,
-        index: NDArray[np.int64],
-        n_step: int,
-        gamma: float,
-        weight: NDArray[np.float32],
-        reward_transform: RewardTransform | None,
-    ) -> Batch:
-        """The transitions that start at some slots, over windows of at most n steps."""
-        rows = self.rows
-        last = first = rows.records.take(index)
-        if n_step == 1:
-            returns = NStep(_transformed(first["reward"], reward_transform), gamma, index)
-        else:
-            windows = window_slots(index, n_step, self.num_envs, self.capacity)
-            reward = _transformed(rows.records["reward"][windows], reward_transform)
-            returns = n_step_returns(rows.stop, reward, windows, gamma)
-            last = rows.records.take(returns.last)
-        return Batch(
-            obs=rows.observations.read(first, "obs"),
-            action=first["action"].astype(np.int64),
-            reward=returns.reward.astype(np.float32),
-            discount=np.where(last["terminated"], 0.0, returns.discount).astype(np.float32),
-            next_obs=rows.observations.read(last, "next_obs"),
-            mask=np.ascontiguousarray(first["mask"]),
-            next_mask=np.ascontiguousarray(last["next_mask"]),
-            weight=weight,
-            index=index,
-            generation=np.ascontiguousarray(first["generation"]),
-        )
-
-
-def _transformed(reward: NDArray[np.float32], transform: RewardTransform | None) -> NDArray[np.float64]:
-    """Single-step rewards as they are summed."""
-    exact = reward.astype(np.float64)
-    return exact if transform is None else transform(exact)
