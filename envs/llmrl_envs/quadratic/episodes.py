@@ -141,7 +141,7 @@ class QuadraticEpisodes:
             "total_steps": quadratics.total_steps.copy(),
             "given_rate": quadratics.given_rate.copy(),
             "learning_rate": schedule.learning_rate(schedule.step),
-            "level": np.asarray(self.table.levels)[schedule.level],
+            "level": schedule.level_value(),
             "expected_loss": np.fmin(np.exp(np.fmin(self._log_loss, 50.0)), _HIGHEST_LOSS),
             "reference_loss": quadratics.reference_loss.copy(),
             "score": np.where(self._diverged, self._return, improvement),
