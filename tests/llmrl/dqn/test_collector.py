@@ -109,7 +109,7 @@ def collect(env, num_steps, seed=0):
 LANES = [lambda: Corridor(4), lambda: Corridor(7, truncates=True), lambda: Corridor(1), lambda: Corridor(5)]
 
 
-def check_lane(transitions, length, truncates):
+def assert_lane(transitions, length, truncates):
     """Every transition is what the corridor does, and the last one of an episode shows its final observation."""
     start, time = None, 0
     for obs, action, reward, terminated, truncated, next_obs, mask, next_mask in transitions:
@@ -128,7 +128,7 @@ def check_lane(transitions, length, truncates):
 def test_transitions_of_a_vector_environment_are_right_in_every_autoreset_mode(mode):
     agent, _, _ = collect(vector(mode, LANES), 40)
     for lane, (length, truncates) in enumerate([(4, False), (7, True), (1, False), (5, False)]):
-        check_lane(agent.transitions[lane], length, truncates)
+        assert_lane(agent.transitions[lane], length, truncates)
         assert len(agent.transitions[lane]) >= 20
 
 
@@ -160,7 +160,7 @@ def test_all_autoreset_modes_report_the_same_episodes(mode):
 @pytest.mark.parametrize("truncates", [False, True])
 def test_transitions_of_a_single_environment(truncates):
     agent, collector, episodes = collect(Corridor(4, truncates=truncates), 18)
-    check_lane(agent.transitions[0], 4, truncates)
+    assert_lane(agent.transitions[0], 4, truncates)
     assert (collector.env_steps, len(episodes), collector.at_episode_boundary) == (18, 4, False)
     assert episodes[1].index == 1
     assert episodes[1].episode_return == 11 + 2 + 3 + 14  # masked are action 0, 1, 2 and again 0
@@ -191,7 +191,7 @@ def test_what_was_observed_does_not_change_later():
             return self.buffer
 
     agent, _, _ = collect(Reusing(4), 12)
-    check_lane(agent.transitions[0], 4, truncates=False)
+    assert_lane(agent.transitions[0], 4, truncates=False)
 
 
 def test_real_environments_agree_across_modes():
@@ -293,7 +293,7 @@ def test_a_vector_environment_that_knows_its_state_resumes_anywhere(mode, num_be
 def test_an_environment_that_cannot_tell_begins_its_episode_anew_and_says_so():
     agent, got, _ = resume(Corridor, 6, 4)
     assert agent.num_ends == 1
-    check_lane(got[0], 4, truncates=False)
+    assert_lane(got[0], 4, truncates=False)
 
 
 def test_at_an_episode_boundary_there_is_nothing_but_a_number_to_save():
