@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llmrl
+from llmrl.config import TrainConfig
+from llmrl.dqn.agent import Agent
 from llmrl.dqn.network_file import load_network
 from llmrl.policy import SchedulePolicy
-from llmrl.training.setup import schedule_language
-
-if TYPE_CHECKING:
-    from llmrl.training.loop import TrainingRun
+from llmrl.training.setup import Environment, schedule_language
 
 
-def export_policy_folder(run: TrainingRun, final: dict[str, float], folder: Path) -> Path:
+@dataclass(frozen=True)
+class TrainedAgent:
+    """An agent with what is known of its training.
+
+    Attributes:
+        config: The configuration that it was trained with.
+        env: The environment that it was trained in.
+        agent: The agent.
+        num_episodes: Episodes finished.
+        final: The final evaluation.
+    """
+
+    config: TrainConfig
+    env: Environment
+    agent: Agent
+    num_episodes: int
+    final: dict[str, float]
+
+
+def export_policy_folder(trained: TrainedAgent, folder: Path) -> Path:
     """Writes the policy, replacing an earlier one only when the new one is complete.
 
     A policy that steers jobs becomes a `SchedulePolicy` folder; for any other environment, or an agent without a
@@ -25,35 +44,35 @@ def export_policy_folder(run: TrainingRun, final: dict[str, float], folder: Path
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    language = schedule_language(run.env)
-    export: Any = getattr(run.agent, "export_network", None)
+    language = schedule_language(trained.env)
+    export: Any = getattr(trained.agent, "export_network", None)
     if export is None:
-        run.agent.save(part)
+        trained.agent.save(part)
     else:
         export(part / "model.safetensors")
         if language is not None:
             network = load_network(part / "model.safetensors")
             table, spec, settings = language
-            SchedulePolicy(table, spec, settings, network, _provenance(run, final)).save(part)
+            SchedulePolicy(table, spec, settings, network, _provenance(trained)).save(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return folder
 
 
-def _provenance(run: TrainingRun, final: dict[str, float]) -> dict[str, Any]:
+def _provenance(trained: TrainedAgent) -> dict[str, Any]:
     """What the policy was trained on: facts that two equal runs agree on."""
-    config = run.config
+    config = trained.config
     values: dict[str, Any] = {
         "name": config.agent.name,
         "llmrl_version": llmrl.__version__,
         "seed": config.seed,
         "environment": config.env.id,
-        "decisions": run.collector.env_steps,
-        "episodes": run.num_episodes,
-        "learner_steps": run.agent.learner_steps,
+        "decisions": trained.agent.env_steps,
+        "episodes": trained.num_episodes,
+        "learner_steps": trained.agent.learner_steps,
         "agent": config.agent.model_dump(mode="json", exclude_defaults=True),
         "reward": dict(vars(config.env.reward)),
-        "results": {name: round(value, 6) for name, value in final.items()},
+        "results": {name: round(value, 6) for name, value in trained.final.items()},
     }
     if config.env.tasks is not None:
         values["tasks"] = [

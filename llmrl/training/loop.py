@@ -25,7 +25,7 @@ from llmrl.training.checkpoint import latest_checkpoint, save_checkpoint
 from llmrl.training.curves import draw_learning_curve
 from llmrl.training.demonstrations import Demonstrator
 from llmrl.training.evaluation import EvaluationResult, evaluate
-from llmrl.training.export import export_policy_folder
+from llmrl.training.export import TrainedAgent, export_policy_folder
 from llmrl.training.setup import make_agent, make_environment, make_single_environment, schedule_language
 from llmrl.training.status import TrainingStatus
 
@@ -208,7 +208,9 @@ class TrainingRun:
         return values
 
     def _finish(self, final: dict[str, float], tracker: Tracker) -> None:
-        folder = export_policy_folder(self, final, self.output / POLICY)
+        folder = export_policy_folder(
+            TrainedAgent(self.config, self.env, self.agent, self.num_episodes, final), self.output / POLICY
+        )
         picture = self.output / "learning_curve.png"
         draw_learning_curve(read_jsonl(self.output / METRICS_FILE)).savefig(picture)
         tracker.log_image("learning_curve", picture)
