@@ -165,8 +165,8 @@ MUTATIONS = (
     Mutation(
         "sum tree that draws leaves without priority",
         "sum_tree.py",
-        'node = prefix.searchsorted(rest, side="right")',
-        'node = prefix.searchsorted(rest, side="left")',
+        'node = prefix.searchsorted(mass, side="right")',
+        'node = prefix.searchsorted(mass, side="left")',
         ("sum_tree",),
     ),
     Mutation(
