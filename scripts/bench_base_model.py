@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does the built-in base model behave as a pretrained model does? Fine-tune it by topic, learning rate and schedule.
 
-    python scripts/bench_base_model.py --output base_model.json       # 8 topics, 7 rates, 2 schedules, 3 seeds
+    python scripts/bench_base_model.py --output base_model.json       # 6 topics, 5 rates, 2 schedules, 3 seeds
     python scripts/bench_base_model.py --quick --output base_model.json
 
 Each job takes the model as it ships, trains on the topic's training split with AdamW in batches of 8 windows of 128
@@ -28,8 +28,8 @@ import transformers
 from llmrl_envs.builtin import builtin_model_path, corpus_topics, load_corpus
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-TOPICS = ("json", "email", "decimal", "typing", "html", "encodings", "reference", "syntax_trees")
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+TOPICS = ("json", "email", "typing", "html", "reference", "syntax_trees")
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 SCHEDULES = ("linear", "constant")
 WINDOW_BYTES = 128
 BATCH_SIZE = 8
@@ -111,7 +111,7 @@ def mean_by_rate(rows: list[dict[str, object]], topic: str, schedule: str) -> di
 
 
 def step_milliseconds(base: PreTrainedModel, batch_size: int, length: int, repeats: int = 30) -> float:
-    """Median time of one training step: forward, backward, clipping, AdamW."""
+    """Least time of one training step (other processes only add to it): forward, backward, clipping, AdamW."""
     model = copy.deepcopy(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     batch = torch.randint(0, 256, (batch_size, length), generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def step_milliseconds(base: PreTrainedModel, batch_size: int, length: int, repea
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    return 1e3 * min(times)
 
 
 def summarise(rows: list[dict[str, object]], topics: tuple[str, ...]) -> dict[str, float]:
