@@ -3,7 +3,7 @@
     python scripts/bench_overhead.py --output overhead.json [--quick]
 
 Wall time: full fine-tuning and LoRA of the built-in model, intervals of ten steps run in turn with the controller
-(statistics, decision, best snapshot) and without; the ratio of the medians over the pairs, and its bootstrap interval.
+(statistics, decision, best snapshot) and without; the median of the pairs' ratios, and its bootstrap interval.
 Memory: peak of a LoRA job above what the process held before it, each variant in a process of its own; on a GPU the
 allocator's peak. Reset: time of an environment's second reset against loading its model.
 
