@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EPSILON = 0.29  # as in bench_dqn_peers.py
-PEERS = Path(__file__).with_name("bench_dqn_peers.py")
+EPSILON = 0.29  # as in dqn_peers.py
+PEERS = Path(__file__).with_name("dqn_peers.py")
 
 
 def our_steps(count: int) -> float:

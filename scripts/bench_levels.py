@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import describe_machine, describe_versions, write_report
+from benchmarking import describe_machine, describe_versions, write_report
 from llmrl_envs.interface.action import DEFAULT_RELATIVE_UPDATE, action_table
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.jobs.loading import Job, JobLibrary

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from bench_common import describe_machine, describe_versions, median_ratio, write_report
+from benchmarking import describe_machine, describe_versions, median_ratio, write_report
 from llmrl_envs.fine_tuning import FineTuningEnv
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.reference import given_rate_schedule

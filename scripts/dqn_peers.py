@@ -1,6 +1,6 @@
 """The other side of `bench_dqn.py`: one measurement of one library, printed as JSON; runs with that library's Python.
 
-    python scripts/bench_dqn_peers.py sb3_steps 20000
+    python scripts/dqn_peers.py sb3_steps 20000
 
 Prints {"cpu_seconds", "count", "version"}. CPU seconds of the process are counted, so that a busy machine changes
 little. This file imports nothing of this project.
