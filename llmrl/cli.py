@@ -107,7 +107,11 @@ def finetune(
     overrides: Overrides = None,
     policy: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--policy", "-p", help="Directory or Hub id of a policy, 'default', or 'hold'."),
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Folder, Hub id or artifact (wandb:entity/project/name:alias) of a policy, 'default', or 'hold'.",
+        ),
     ] = None,
     schedule: Annotated[
         Optional[str],  # noqa: UP045
@@ -131,7 +135,14 @@ def finetune(
 @app.command()
 def compare(
     config: ConfigOption,
-    policy: Annotated[str, typer.Option("--policy", "-p", help="Directory or Hub id of a policy, or 'default'.")],
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Folder, Hub id or artifact (wandb:entity/project/name:alias) of a policy, or 'default'.",
+        ),
+    ],
     output: OutputOption,
     overrides: Overrides = None,
     wandb: WandbOption = None,
@@ -185,17 +196,17 @@ def config_schema(kind: Annotated[Kind, typer.Argument(help="Which command the c
 
 
 @policy_app.command("show")
-def policy_show(policy: Annotated[str, typer.Argument(help="Directory or Hub id, or 'default'.")]) -> None:
+def policy_show(policy: Annotated[str, typer.Argument(help="Folder, Hub id, artifact, 'default' or 'hold'.")]) -> None:
     """Print what a policy sees, does, and was trained on."""
     with reported_failures("stopped"):
         from llmrl.policy import SchedulePolicy
 
-        typer.echo(SchedulePolicy.load(policy).card())
+        typer.echo(SchedulePolicy.from_pretrained(policy).card())
 
 
 @policy_app.command("export")
 def policy_export(
-    policy: Annotated[str, typer.Argument(help="Directory or Hub id, or 'default'.")],
+    policy: Annotated[str, typer.Argument(help="Folder, Hub id, artifact, 'default' or 'hold'.")],
     output: OutputOption,
     file_format: Annotated[ExportFormat, typer.Option("--format", help="File format.")] = ExportFormat.SAFETENSORS,
 ) -> None:

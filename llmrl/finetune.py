@@ -97,7 +97,7 @@ def choose_policy(
         return named_schedule(schedule, warmup), None
     if policy == HOLD:
         return hold_policy(config.schedule), None
-    return SchedulePolicy.load(str(policy)), config.schedule
+    return SchedulePolicy.from_pretrained(str(policy)), config.schedule
 
 
 def _announce(

@@ -1,64 +1,35 @@
 """A schedule policy: a small folder that turns observations into actions.
 
-    config.json         schema version, action table, observation, schedule settings, training provenance
-    model.safetensors   the Q-network
-    README.md           the policy card
-
-`hold` is the policy that never leaves the default level; it needs no folder. Nothing here unpickles anything.
+`llmrl.policy_reference` finds it, `llmrl.policy_files` checks it. `hold` is the policy that never leaves the default
+level; it needs no folder. Nothing here unpickles anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, action_table
-from llmrl_envs.interface.observation import OBSERVATION_VERSION, ObservationSpec
+from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmrl.dqn.acting import greedy_actions
 from llmrl.dqn.network_file import load_network, save_network
 from llmrl.dqn.networks import QNetwork
 from llmrl.policy_card import policy_card
+from llmrl.policy_files import PolicyConfig, read_language
+from llmrl.policy_hub import upload_policy_folder
+from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy
 
-SCHEMA_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-HOLD, DEFAULT = "hold", "default"
-
-
-class PolicyConfig(BaseModel):
-    """`config.json` of a policy; unknown and missing keys are errors.
-
-    Attributes:
-        schema_version: Version of this file's layout.
-        kind: A Q-network, or the policy that holds.
-        action_table: The table, as `ActionTable.to_dict` gives it.
-        action_table_hash: Its digest.
-        observation: `ObservationSpec.to_dict` of the observation that the network was trained on.
-        observation_hash: Its digest.
-        schedule: Arguments of the `ScheduleSettings` that the actions were learned with.
-        provenance: What the policy was trained on, and its results.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
-    kind: Literal["network", "hold"]
-    action_table: dict[str, Any]
-    action_table_hash: str
-    observation: dict[str, Any]
-    observation_hash: str
-    schedule: dict[str, Any]
-    provenance: dict[str, Any] = Field(default_factory=dict)
+__all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +103,32 @@ class SchedulePolicy:
 
     # -- files ----------------------------------------------------------------------------------------------------
 
-    def save(self, directory: Path | str) -> None:
+    @classmethod
+    def from_pretrained(cls, reference: Path | str, *, where: str = "--policy") -> SchedulePolicy:
+        """Loads a policy.
+
+        Args:
+            reference: Any form that `llmrl.policy_reference` lists: a folder, a Hub id, an artifact, "default", "hold".
+            where: Where the reference was written, for the error.
+
+        Raises:
+            UserError: It is missing, damaged, unsafe, of another version, or made for another observation or action
+                table; says which file.
+        """
+        folder = locate_policy(reference, where=where)
+        if folder is None:
+            return hold_policy()
+        language = read_language(folder)
+        config = language.config
+        network = _read_network(folder / WEIGHTS_FILE) if config.kind == "network" else None
+        try:
+            return cls(language.table, language.spec, language.settings, network, config.provenance)
+        except ValueError as error:
+            raise UserError(
+                "the policy's network does not fit its config", where=str(folder), got=str(error)
+            ) from error
+
+    def save_pretrained(self, directory: Path | str) -> None:
         """Writes the folder; the same policy always gives the same bytes."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -150,30 +146,22 @@ class SchedulePolicy:
             save_network(self.network, directory / WEIGHTS_FILE)
         (directory / CARD_FILE).write_text(self.card(), encoding="utf-8")
 
-    @classmethod
-    def load(cls, source: Path | str) -> SchedulePolicy:
-        """Loads a policy.
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Uploads the policy to the Hugging Face Hub.
 
         Args:
-            source: "hold", "default" (the one that ships with the package), a folder, or a Hub id.
+            repository: Hub id, owner/name; made if it is not there.
+            private: Make a new repository private.
+
+        Returns:
+            Address of the repository.
 
         Raises:
-            UserError: It is missing, damaged, of another version, or made for another observation or action table.
+            UserError: The id is none, or the Hub cannot be reached or refuses.
         """
-        if str(source) == HOLD:
-            return hold_policy()
-        folder = _find_folder(source)
-        config = _read_config(folder / CONFIG_FILE)
-        table = _read_table(config, folder)
-        spec = _read_spec(config, table, folder)
-        settings = _read_settings(config, folder)
-        network = _read_network(folder / WEIGHTS_FILE) if config.kind == "network" else None
-        try:
-            return cls(table, spec, settings, network, config.provenance)
-        except ValueError as error:
-            raise UserError(
-                "the policy's network does not fit its config", where=str(folder), got=str(error)
-            ) from error
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return upload_policy_folder(Path(directory), repository, private=private)
 
 
 def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves") -> SchedulePolicy:
@@ -182,107 +170,12 @@ def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves"
     return SchedulePolicy(table, ObservationSpec(table), settings or ScheduleSettings(), None)
 
 
-def _find_folder(source: Path | str) -> Path:
-    if str(source) == DEFAULT:
-        folder = Path(str(resources.files("llmrl"))) / "policies" / "default"
-        if not (folder / CONFIG_FILE).is_file():
-            raise UserError(
-                "this version ships no default policy",
-                expected="a policy folder from `llmrl train`, or 'hold'",
-                got="default",
-                where="--policy",
-            )
-        return folder
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise UserError(
-            "no policy folder there",
-            expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a Hub id, 'default' or 'hold'",
-            got=str(source),
-            where="--policy",
-        )
-    return _download(str(source))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]))
-    except Exception as error:  # the Hub client raises many kinds, all of which mean: not to be had
-        raise UserError(
-            "no policy folder of that name here, and none on the Hub",
-            expected=f"a local folder, or a Hub repository with {CONFIG_FILE} that can be reached or is cached",
-            got=f"{hub_id} ({type(error).__name__})",
-            where="--policy",
-        ) from error
-
-
-def _read_config(path: Path) -> PolicyConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            "the policy has no readable config", expected=CONFIG_FILE, got=error.strerror, where=str(path)
-        ) from error
-    except ValueError as error:
-        raise UserError("the policy's config is not JSON", got=str(error), where=str(path)) from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            "the policy is of another version",
-            expected=f"schema_version {SCHEMA_VERSION}",
-            got=version,
-            where=str(path),
-        )
-    try:
-        return PolicyConfig.model_validate(values)
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise UserError("the policy's config does not fit its schema", got=told, where=str(path)) from error
-
-
-def _read_table(config: PolicyConfig, folder: Path) -> ActionTable:
-    try:
-        table = ActionTable.from_dict(config.action_table)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError("the policy's action table cannot be read", got=repr(error), where=str(folder)) from error
-    if table.hash != config.action_table_hash:
-        raise UserError(
-            "the policy's action table was changed after training",
-            expected=config.action_table_hash,
-            got=table.hash,
-            where=str(folder / CONFIG_FILE),
-        )
-    return table
-
-
-def _read_spec(config: PolicyConfig, table: ActionTable, folder: Path) -> ObservationSpec:
-    stack = config.observation.get("stack")
-    spec = ObservationSpec(table, stack=stack) if isinstance(stack, int) and stack >= 1 else None
-    if spec is None or spec.hash != config.observation_hash:
-        names = config.observation.get("names")
-        size = len(names) if isinstance(names, list) else "unknown"
-        raise UserError(
-            "the policy was made for another observation",
-            expected=f"version {OBSERVATION_VERSION}, hash {spec.hash if spec else 'of a valid stack'}",
-            got=f"version {config.observation.get('version')}, hash {config.observation_hash}, {size} entries",
-            where=str(folder / CONFIG_FILE),
-        )
-    return spec
-
-
-def _read_settings(config: PolicyConfig, folder: Path) -> ScheduleSettings:
-    try:
-        return ScheduleSettings(**config.schedule)
-    except TypeError as error:
-        raise UserError("the policy's schedule settings cannot be read", got=str(error), where=str(folder)) from error
-
-
 def _read_network(path: Path) -> QNetwork:
     try:
-        return load_network(path)
+        network = load_network(path)
     except ValueError as error:
         raise UserError("the policy's weights cannot be read", got=str(error), where=str(path)) from error
+    for name, value in network.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise UserError("the policy's weights are not finite", expected="finite numbers", got=name, where=str(path))
+    return network

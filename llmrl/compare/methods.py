@@ -77,7 +77,7 @@ def _make(name: str, source: str, config: CompareConfig) -> Method:
         chosen = named_schedule(name, (config.schedule or ScheduleSettings()).warmup_fraction)
         settings = chosen.settings
     else:
-        chosen = hold_policy(config.schedule) if source == HOLD else SchedulePolicy.load(source)
+        chosen = hold_policy(config.schedule) if source == HOLD else SchedulePolicy.from_pretrained(source)
         settings = config.schedule or chosen.settings
     guarded = name not in BASE_NAMES
     return Method(name, chosen, settings, guarded, _digest(chosen, settings, guarded=guarded))

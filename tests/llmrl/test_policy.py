@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.networks import QNetwork
@@ -29,7 +34,7 @@ def make_policy(**network: object) -> SchedulePolicy:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make_policy().save(tmp_path / "policy")
+    make_policy().save_pretrained(tmp_path / "policy")
     return tmp_path / "policy"
 
 
@@ -42,14 +47,14 @@ def edit(folder: Path, **changes: object) -> None:
 def test_a_loaded_policy_acts_as_the_saved_one(folder: Path) -> None:
     observation = np.random.default_rng(0).normal(size=(5, SPEC.size)).astype(np.float32)
     mask = np.ones((5, TABLE.num_actions), np.bool_)
-    before, after = make_policy().act(observation, mask), SchedulePolicy.load(folder).act(observation, mask)
+    before, after = make_policy().act(observation, mask), SchedulePolicy.from_pretrained(folder).act(observation, mask)
     np.testing.assert_array_equal(before.actions, after.actions)
     np.testing.assert_array_equal(before.q_values, after.q_values)
-    assert SchedulePolicy.load(folder).settings == ScheduleSettings(rollbacks=1)
+    assert SchedulePolicy.from_pretrained(folder).settings == ScheduleSettings(rollbacks=1)
 
 
 def test_saving_the_same_policy_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    make_policy().save(tmp_path / "again")
+    make_policy().save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors", "README.md"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -62,14 +67,16 @@ def test_masked_actions_are_never_taken() -> None:
 
 
 def test_hold_holds_and_has_no_values() -> None:
-    decision = SchedulePolicy.load("hold").act(np.zeros((2, SPEC.size), np.float32), np.ones((2, 9), np.bool_))
+    decision = SchedulePolicy.from_pretrained("hold").act(
+        np.zeros((2, SPEC.size), np.float32), np.ones((2, 9), np.bool_)
+    )
     assert decision.actions.tolist() == [TABLE.hold] * 2
     assert np.isnan(decision.q_values).all()
 
 
 def test_hold_can_be_saved_and_loaded(tmp_path: Path) -> None:
-    hold_policy().save(tmp_path)
-    assert SchedulePolicy.load(tmp_path).network is None
+    hold_policy().save_pretrained(tmp_path)
+    assert SchedulePolicy.from_pretrained(tmp_path).network is None
 
 
 def test_the_card_says_what_it_does_and_knows(folder: Path) -> None:
@@ -94,7 +101,7 @@ def test_the_card_says_what_it_does_and_knows(folder: Path) -> None:
 def test_a_changed_config_is_refused(folder: Path, changes: dict[str, object], told: str) -> None:
     edit(folder, **changes)
     with pytest.raises(UserError, match=told):
-        SchedulePolicy.load(folder)
+        SchedulePolicy.from_pretrained(folder)
 
 
 def test_a_missing_key_is_named(folder: Path) -> None:
@@ -103,45 +110,177 @@ def test_a_missing_key_is_named(folder: Path) -> None:
     del values["kind"]
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="kind"):
-        SchedulePolicy.load(folder)
+        SchedulePolicy.from_pretrained(folder)
 
 
 def test_a_policy_for_other_actions_than_its_network_is_refused(folder: Path, tmp_path: Path) -> None:
     table = action_table("factors")
     other = SchedulePolicy(table, ObservationSpec(table), ScheduleSettings(), None)
-    other.save(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
     values = json.loads((tmp_path / "other" / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "kind": "network"}))
     with pytest.raises(UserError, match="does not fit"):
-        SchedulePolicy.load(folder)
+        SchedulePolicy.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"not a tensor file"])
+@pytest.mark.parametrize("content", [b"", b"not a tensor file"])
 def test_damaged_weights_are_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="weights cannot be read"):
-        SchedulePolicy.load(folder)
+        SchedulePolicy.from_pretrained(folder)
 
 
 def test_truncated_weights_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="weights cannot be read"):
-        SchedulePolicy.load(folder)
+        SchedulePolicy.from_pretrained(folder)
 
 
 def test_broken_json_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        SchedulePolicy.load(folder)
+        SchedulePolicy.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/no/such/policy", "nowhere"])
 def test_a_missing_folder_is_told(source: str) -> None:
     with pytest.raises(UserError, match="no policy folder"):
-        SchedulePolicy.load(source)
+        SchedulePolicy.from_pretrained(source)
 
 
 def test_an_empty_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
-        SchedulePolicy.load(tmp_path)
+        SchedulePolicy.from_pretrained(tmp_path)
+
+
+def test_what_is_missing_from_the_config_is_not_filled_in(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    schedule = {name: value for name, value in values["schedule"].items() if name != "rollbacks"}
+    edit(folder, schedule=schedule)
+    with pytest.raises(UserError, match="schedule settings cannot be read"):
+        SchedulePolicy.from_pretrained(folder)
+    edit(folder, schedule={**schedule, "rollbacks": "2"})
+    with pytest.raises(UserError, match="rollbacks"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("section", ["action_table", "observation"])
+def test_an_extra_key_anywhere_is_refused(folder: Path, section: str) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    edit(folder, **{section: {**values[section], "surprise": 1}})
+    with pytest.raises(UserError, match=r"config\.json"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"schema_version": 1, "schema_version": 1}', "stands twice"),
+        ("[" * 100_000, "nested"),
+        ("[1]", "another version"),
+        ("\ufeff{}", "not JSON"),
+    ],
+)
+def test_a_config_that_is_no_config_is_refused(folder: Path, text: str, told: str) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_a_config_of_many_megabytes_is_not_read(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"schema_version": 1, "provenance": "x" * 5_000_000}))
+    with pytest.raises(UserError, match="too large"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_weights_beside_a_policy_that_holds_are_refused(folder: Path, tmp_path: Path) -> None:
+    hold_policy().save_pretrained(tmp_path / "hold")
+    (tmp_path / "hold" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="do not fit its kind"):
+        SchedulePolicy.from_pretrained(tmp_path / "hold")
+
+
+def test_missing_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrites the weights with the same metadata."""
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.update({"torso.layers.0.weight": torch.zeros(8, 3)}), r"expected \[8, \d+\].*got \[8, 3\]"),
+        (lambda t: t.update({"head.layer.bias": t["head.layer.bias"].to(torch.float16)}), "got .* torch.float16"),
+        (lambda t: t.pop("head.layer.bias"), "head.layer.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+        (lambda t: t["head.layer.bias"].fill_(float("nan")), "not finite"),
+    ],
+    ids=["shape", "dtype", "missing", "extra", "nan"],
+)
+def test_wrong_tensors_are_refused(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], told: str
+) -> None:
+    change_tensors(folder, change)
+    with pytest.raises(UserError, match=told) as caught:
+        SchedulePolicy.from_pretrained(folder)
+    assert str(folder / "model.safetensors") in str(caught.value)
+
+
+class Bomb:
+    """Leaves a trace if anything unpickles it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "pytorch_model.bin", "data.pkl", "notes"])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_pickle_is_refused_and_never_run(folder: Path, tmp_path: Path, name: str, how: str) -> None:
+    trace = tmp_path / "trace"
+    if how == "pickle":
+        (folder / name).write_bytes(pickle.dumps(Bomb(trace)))
+    else:
+        torch.save(Bomb(trace), folder / name)
+    with pytest.raises(UserError, match="pickle") as caught:
+        SchedulePolicy.from_pretrained(folder)
+    assert name in str(caught.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "anything"])
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../outside")
+    with pytest.raises(UserError, match="outside of its folder"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_a_policy(folder: Path, tmp_path: Path) -> None:
+    """The cache keeps files under blobs/ and links to them."""
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in folder.iterdir():
+        (repository / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert SchedulePolicy.from_pretrained(snapshot).network is not None
+    (snapshot / "extra").symlink_to("../../../outside")
+    with pytest.raises(UserError, match="outside of its folder"):
+        SchedulePolicy.from_pretrained(snapshot)

@@ -20,7 +20,7 @@ def policy(tmp_path: Path) -> Path:
     spec = ObservationSpec(table)
     config = NetworkConfig(obs_shape=(spec.size,), num_actions=table.num_actions, hidden_sizes=(8,))
     network = QNetwork(config, torch.Generator().manual_seed(0))
-    SchedulePolicy(table, spec, ScheduleSettings(), network, {"name": "tiny"}).save(tmp_path / "policy")
+    SchedulePolicy(table, spec, ScheduleSettings(), network, {"name": "tiny"}).save_pretrained(tmp_path / "policy")
     return tmp_path / "policy"
 
 
@@ -44,7 +44,7 @@ def test_numpy_weights_give_the_same_values(policy: Path, tmp_path: Path) -> Non
     output = tmp_path / "out"
     assert main(["policy", "export", str(policy), "--output", str(output), "--format", "numpy"]) == 0
     assert json.loads((output / "network.json").read_text())["hidden_sizes"] == [8]
-    network = SchedulePolicy.load(policy).network
+    network = SchedulePolicy.from_pretrained(policy).network
     assert network is not None
     with np.load(output / "network.npz", allow_pickle=False) as weights:
         assert set(weights) == set(network.state_dict())

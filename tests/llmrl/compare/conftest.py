@@ -83,7 +83,7 @@ def make_policy():
         spec = ObservationSpec(table)
         config = NetworkConfig(obs_shape=(spec.size,), num_actions=table.num_actions, hidden_sizes=(8,))
         network = QNetwork(config, torch.Generator().manual_seed(seed))
-        SchedulePolicy(table, spec, ScheduleSettings(**settings), network, {"name": name}).save(folder)
+        SchedulePolicy(table, spec, ScheduleSettings(**settings), network, {"name": name}).save_pretrained(folder)
         return folder
 
     return make

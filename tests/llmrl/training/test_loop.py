@@ -50,7 +50,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_a_policy_and_its_story(tmp_path: Path) -> None:
     final = train(config=make_config(), output=tmp_path / "run")
     output = tmp_path / "run"
-    policy = SchedulePolicy.load(output / "policy")
+    policy = SchedulePolicy.from_pretrained(output / "policy")
     assert policy.provenance["decisions"] == 40
     assert policy.provenance["results"]["score"] == pytest.approx(final["score"], abs=1e-6)
     kinds = [row["kind"] for row in rows(output)]
@@ -172,7 +172,7 @@ def test_a_population_trains(tmp_path: Path) -> None:
     env = {"tasks": {"tasks": [TASK], "num_seeds": 1}, "population": 2}
     training = {"decisions": 16, "evaluation_episodes": 1, "checkpoint_period_episodes": 1}
     train(config=make_config(env=env, training=training), output=tmp_path / "run")
-    assert SchedulePolicy.load(tmp_path / "run" / "policy").network is not None
+    assert SchedulePolicy.from_pretrained(tmp_path / "run" / "policy").network is not None
 
 
 def test_an_unknown_environment_is_told(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""Where metrics, tables, pictures and artifacts of a run go: Weights & Biases, or nowhere.
+"""Records a run with Weights & Biases.
 
-Everything else sees the `Tracker` protocol; wandb is imported here only, and only when a run needs it. Offline is
-the default and complete without an account; `wandb sync DIRECTORY` uploads such a run later.
+Offline is the default and complete without an account; `wandb sync DIRECTORY` uploads such a run later.
 """
 
 from __future__ import annotations
@@ -11,16 +10,15 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from llmrl_envs.errors import UserError
 
 from llmrl.run_directory import atomic_write_text
+from llmrl.tracking.tracker import JobType, NullTracker, Tracker
 
 if TYPE_CHECKING:
     from llmrl.config import TrackingConfig, WandbMode
-
-JobType = Literal["train-policy", "finetune", "compare"]
 
 _ENVIRONMENT_MODES: Mapping[str, WandbMode] = {
     "offline": "offline",
@@ -30,50 +28,6 @@ _ENVIRONMENT_MODES: Mapping[str, WandbMode] = {
     "shared": "online",
     "disabled": "disabled",
 }
-
-
-class Tracker(Protocol):
-    """A place to follow a run from outside."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records numbers; `step` never falls within one run."""
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Records a table."""
-
-    def log_image(self, name: str, path: Path) -> None:
-        """Records a picture file."""
-
-    def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
-        """Records a file or a directory, as it is now."""
-
-    def set_summary(self, values: Mapping[str, Any]) -> None:
-        """Records final results."""
-
-    def finish(self, *, failed: bool = False) -> None:
-        """Ends the record; `failed` marks the run as crashed."""
-
-
-class NullTracker:
-    """Records nothing."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Does nothing."""
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Does nothing."""
-
-    def log_image(self, name: str, path: Path) -> None:
-        """Does nothing."""
-
-    def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
-        """Does nothing."""
-
-    def set_summary(self, values: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def finish(self, *, failed: bool = False) -> None:
-        """Does nothing."""
 
 
 class WandbTracker:
