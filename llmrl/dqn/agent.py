@@ -32,9 +32,11 @@ from llmrl.dqn.exploration import (
 from llmrl.dqn.learner import Learner, UpdateResult
 from llmrl.dqn.network_file import save_network
 from llmrl.dqn.networks import RunningStatistics
+from llmrl.dqn.numpy_network import NumpyNetwork
 from llmrl.dqn.replay import Batch, ReplayBuffer
 
 FORMAT_VERSION = 1
+FEW_OBS = 8  # up to so many observations at once NumPy is faster than torch
 
 
 class Agent(Protocol):
@@ -129,6 +131,14 @@ class DQNAgent:
         )
         self.env_steps = 0
         self._scheduled_updates = 0
+        self._few = self._numpy_network()
+
+    def _numpy_network(self) -> NumpyNetwork | None:
+        """The online network over the same memory, for few observations at once on the CPU."""
+        network = self.learner.online
+        if self.learner.device.type != "cpu" or network.config.torso != "mlp" or network.config.noisy:
+            return None
+        return NumpyNetwork(network.config, {name: value.numpy() for name, value in network.state_dict().items()})
 
     @property
     def learner_steps(self) -> int:
@@ -144,6 +154,8 @@ class DQNAgent:
         """Action values [E, A] of the network as it stands, by which greedy actions are chosen."""
         if obs.shape[1:] != self.obs_shape:
             raise ValueError(f"obs: expected shape [E, {', '.join(map(str, self.obs_shape))}], got {obs.shape}")
+        if self._few is not None and len(obs) <= FEW_OBS:
+            return self._few.values(obs)
         network = self.learner.online
         with torch.inference_mode():
             inputs = torch.from_numpy(np.ascontiguousarray(obs)).to(self.learner.device)

@@ -39,7 +39,7 @@ def step_without_branches(learner: Learner, batch: TensorBatch) -> Measured:
         with torch.no_grad():
             parameters.values.mul_(1.0 - parameters.decay_mask * rate * (1.0 - not_finite))
     # The fused Adam kernel leaves everything alone where this is 1; gradient scalers use the same attribute.
-    learner.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
+    learner.optimizer.found_inf = not_finite  # type: ignore[union-attr]
     learner.optimizer.step()
     return loss, priority, value, norm
 

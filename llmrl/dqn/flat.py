@@ -40,7 +40,6 @@ class FlatParameters:
             offset += parameter.numel()
 
 
-@torch.no_grad()
 def update_target(
     target: Tensor,  # [P]
     online: Tensor,  # [P]

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrl.dqn import losses
+from llmrl.dqn.analytic import AnalyticGradient, is_analytic
 from llmrl.dqn.captured import CapturedUpdate, Measured, can_capture
 from llmrl.dqn.config import DQNConfig, NetworkConfig
 from llmrl.dqn.flat import FlatParameters, update_target
+from llmrl.dqn.flat_adam import FlatAdam
 from llmrl.dqn.networks import QNetwork
 from llmrl.dqn.replay import Batch
 from llmrl.dqn.schedules import geometric, linear
@@ -91,6 +93,7 @@ class Learner:
         self.target_parameters = FlatParameters(self.target)
         self.target_parameters.values.copy_(self.parameters.values)
         self.optimizer = self._new_optimizer()
+        self._analytic = AnalyticGradient(config, self.online, self.target) if is_analytic(config) else None
         self._captured: CapturedUpdate | None = None
         self.learner_steps = 0
         self.num_skipped = 0
@@ -154,14 +157,19 @@ class Learner:
 
     def backward(self, batch: TensorBatch) -> Measured:
         """Fills the gradient; returns mean loss, priorities [B], mean value and gradient norm, all detached."""
+        loss, priority, value = (self._analytic or self.differentiate)(batch)
+        if self.average_gradient is not None:
+            self.average_gradient(self.parameters.gradient)
+        norm = torch.linalg.vector_norm(self.parameters.gradient)
+        return loss, priority, value.mean(), norm
+
+    def differentiate(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills the gradient by autograd; returns mean loss [], priorities [B] and values [B]."""
         self.parameters.gradient.zero_()
         loss, priority, value = elementwise_loss(self.config, self.online, self.target, batch)
         mean_loss = losses.weighted_mean(loss, batch.weight)
         mean_loss.backward()  # type: ignore[no-untyped-call]
-        if self.average_gradient is not None:
-            self.average_gradient(self.parameters.gradient)
-        norm = torch.linalg.vector_norm(self.parameters.gradient)
-        return mean_loss.detach(), priority, value.mean(), norm
+        return mean_loss.detach(), priority, value
 
     def _replayed(self, batch: TensorBatch) -> Measured:
         """The update as a captured graph, recorded when the first batch of a shape comes."""
@@ -228,14 +236,17 @@ class Learner:
             network.prefer(self.config.default_action, DEFAULT_ACTION_LEAD)
         return network.to(self.device)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    def _new_optimizer(self) -> torch.optim.Optimizer | FlatAdam:
         config, values = self.config, [self.parameters.values]
+        if config.optimizer == "adam" and self.device.type != "cuda":
+            return FlatAdam(
+                self.parameters.values, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon
+            )
         if config.optimizer == "adam":
-            on_cuda = self.device.type == "cuda"
             # A recorded graph reads the rate from a tensor, since a number would be part of the recording.
-            rate = torch.tensor(config.learning_rate, device=self.device) if on_cuda else config.learning_rate
+            rate = torch.tensor(config.learning_rate, device=self.device)
             return torch.optim.Adam(
-                values, lr=rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True, capturable=on_cuda
+                values, lr=rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True, capturable=True
             )
         return torch.optim.RMSprop(
             values,

@@ -12,9 +12,7 @@ class NStep(NamedTuple):
     """n-step returns of B windows; all arrays are [B]."""
 
     reward: NDArray[np.float64]  # sum of gamma**k * reward over the window
-    discount: (
-        NDArray[np.float64] | float
-    )  # gamma**length, one for all where lengths are equal: what a value after the window counts, before termination
+    discount: NDArray[np.float64]  # gamma**length: what a value after the window counts, before termination
     last: NDArray[np.int64]  # slot of the window's last transition
 
 

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.distributional import categorical_lower_mean, quantile_lower_mean
 from llmrl.dqn.layers import NoisyLinear, apply_linear, apply_norm, convolution, linear
-
-# Standardised observations are clipped here, so that a first visit far outside cannot throw the network.
-OBS_CLIP = 10.0
+from llmrl.dqn.numpy_network import OBS_CLIP, branch_index
 
 CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, size, stride
 
@@ -52,6 +50,10 @@ class Torso(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in config.hidden_sizes if config.layer_norm)
         self.num_outputs = sizes[-1]
         self._steps = list(itertools.zip_longest(map(apply_linear, self.layers), map(apply_norm, self.norms)))
+
+    def hidden_layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """The fully connected layers, each with its norm where there is one."""
+        return itertools.zip_longest(self.layers, self.norms)
 
     def _num_inputs(self, obs_shape: tuple[int, ...]) -> int:
         if not self.convolutions:
@@ -100,7 +102,7 @@ class Head(nn.Module):
             else linear(num_inputs, num_outputs, generator)
         )
         self._apply_layer = apply_linear(self.layer)
-        self.register_buffer("branch_index", _branch_index(config), persistent=False)
+        self.register_buffer("branch_index", torch.from_numpy(branch_index(config)), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> [B, A] or [B, A, K]."""
@@ -114,14 +116,6 @@ class Head(nn.Module):
             out = out[:, self.branch_index].mean(dim=2)
         # The mean over all joint actions is the mean of the branch means, so one rule serves both cases.
         return out if value is None else value + (out - out.mean(dim=1, keepdim=True))
-
-
-def _branch_index(config: NetworkConfig) -> Tensor:
-    """Outputs that make up each action; actions count in row-major order, as `numpy.unravel_index` does."""
-    branches = config.branches or (config.num_actions,)
-    offsets = np.concatenate([[0], np.cumsum(branches)[:-1]])
-    factors = np.stack(np.unravel_index(np.arange(config.num_actions), branches), axis=1)
-    return torch.from_numpy(factors + offsets)
 
 
 class QNetwork(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrl.dqn.n_step import NStep, n_step_returns, window_slots
+from llmrl.dqn.n_step import n_step_returns, window_slots
 from llmrl.dqn.replay_rows import Rows
 
 RewardTransform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -42,17 +42,21 @@ def build_batch(
     """The transitions that start at some slots, over windows of at most n steps."""
     last = first = rows.records.take(index)
     if n_step == 1:
-        returns = NStep(_transformed(first["reward"], reward_transform), gamma, index)
+        reward, discount = first["reward"], np.array(gamma, dtype=np.float32)
+        if reward_transform is not None:
+            reward = _transformed(reward, reward_transform)
     else:
         windows = window_slots(index, n_step, rows.num_envs, rows.capacity)
-        reward = _transformed(rows.records["reward"][windows], reward_transform)
-        returns = n_step_returns(rows.stop, reward, windows, gamma)
+        returns = n_step_returns(
+            rows.stop, _transformed(rows.records["reward"][windows], reward_transform), windows, gamma
+        )
+        reward, discount = returns.reward, returns.discount.astype(np.float32)
         last = rows.records.take(returns.last)
     return Batch(
         obs=rows.observations.read(first, "obs"),
         action=first["action"].astype(np.int64),
-        reward=returns.reward.astype(np.float32),
-        discount=np.where(last["terminated"], 0.0, returns.discount).astype(np.float32),
+        reward=reward.astype(np.float32),
+        discount=np.where(last["terminated"], np.float32(0.0), discount),
         next_obs=rows.observations.read(last, "next_obs"),
         mask=np.ascontiguousarray(first["mask"]),
         next_mask=np.ascontiguousarray(last["next_mask"]),

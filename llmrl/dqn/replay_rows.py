@@ -53,6 +53,8 @@ class Rows:
         self.episode = np.full(num_envs, -1, dtype=np.int64)  # [E] episode of the newest transition
         self.next_episode = 0
         self.next_generation = 0
+        self.in_step = True  # every lane holds as many as every other, in the same rows
+        self._lanes = np.arange(num_envs)
 
     @property
     def num_bytes(self) -> int:
@@ -61,18 +63,34 @@ class Rows:
 
     def append(self, t: Transitions) -> Changed:
         """Writes one transition in each of some lanes; a full lane loses its oldest."""
-        every = len(t.lanes) == self.num_envs
-        lanes = slice(None) if every else t.lanes  # a view instead of a copy where it can be
-        row = self.head[lanes]
-        slots = row * self.num_envs + t.lanes
-        self._begin_episodes(t, lanes, slots)
-        self._write(slots, t, self.episode[lanes])
+        if self.in_step and len(t.lanes) == self.num_envs:
+            return self._append_row(t)
+        self.in_step = False
+        lanes, row = t.lanes, self.head[t.lanes]
+        slots = row * self.num_envs + lanes
+        self.stop[slots - self.num_envs] = ~self._begin_episodes(t, lanes)  # row -1 is the last one
+        self.records[slots] = self._filled(np.empty(len(slots), dtype=self.records.dtype), t, self.episode[lanes])
         self.stop[slots] = True
         self.open[lanes] = ~(t.terminated | t.truncated)
         self.head[lanes] = (row + 1) % self.num_rows
         if self.total < self.capacity:
             self.count[lanes] = np.minimum(self.count[lanes] + 1, self.num_rows)
         return Changed(slots, self._drop_lost())
+
+    def _append_row(self, t: Transitions) -> Changed:
+        """`append` where all lanes write the same row: slices in place of index arrays."""
+        row, num_envs = self.head.item(0), self.num_envs
+        first = row * num_envs
+        before = (first or self.capacity) - num_envs
+        self.stop[before : before + num_envs] = ~self._begin_episodes(t, slice(None))
+        self._filled(self.records[first : first + num_envs], t, self.episode)
+        self.stop[first : first + num_envs] = True
+        np.logical_not(t.terminated | t.truncated, out=self.open)
+        self.head[:] = 0 if row + 1 == self.num_rows else row + 1
+        if self.total < self.capacity:
+            self.count += 1
+            self.total += num_envs
+        return Changed(self._lanes + first, self._drop_lost() if self.observations.loses else NONE)
 
     def extend(self, lane: int, t: Transitions, *, begins: bool) -> Changed:
         """Writes K <= num_rows transitions that follow each other in time into one lane.
@@ -82,12 +100,13 @@ class Rows:
             t: Transitions, all with this lane and with their episode's number.
             begins: Whether they begin anew; False = the first follows the lane's newest transition.
         """
+        self.in_step = False
         num = len(t.action)
         slots = (self.head[lane] + np.arange(num)) % self.num_rows * self.num_envs + lane
         episode = np.asarray(t.episode)
         if not begins:
             self.stop[(slots[0] - self.num_envs) % self.capacity] = False
-        self._write(slots, t, episode)
+        self.records[slots] = self._filled(np.empty(num, dtype=self.records.dtype), t, episode)
         self.stop[slots] = np.arange(num) == num - 1
         self.open[lane] = False
         self.episode[lane] = episode[-1]
@@ -97,8 +116,8 @@ class Rows:
         return Changed(slots, self._drop_lost())
 
     def slots_of(self, number: NDArray[np.int64]) -> NDArray[np.int64]:  # [B] -> [B]
-        """Slots by number in [0, total): lane by lane, each from its oldest transition. When full in any order."""
-        if self.total == self.capacity:
+        """Slots by number in [0, total), each once."""
+        if self.in_step or self.total == self.capacity:
             return number
         ends = self.count.cumsum()
         lane = ends.searchsorted(number, side="right")
@@ -135,7 +154,8 @@ class Rows:
     def state_dict(self) -> dict[str, Any]:
         """Where every lane stands, as JSON values; the rows themselves are not in it."""
         lanes = {name: getattr(self, name).tolist() for name in STATE}
-        return {**lanes, "next_episode": self.next_episode, "next_generation": self.next_generation}
+        numbers = {"next_episode": self.next_episode, "next_generation": self.next_generation}
+        return {**lanes, **numbers, "in_step": self.in_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over where every lane stood; `lane_slots` then says where its rows belong.
@@ -154,14 +174,16 @@ class Rows:
             getattr(self, name)[:] = value
         self.next_episode, self.next_generation = int(state["next_episode"]), int(state["next_generation"])
         self.total = int(self.count.sum())
+        level = (head == head[0]).all() and (count == min(count[0], self.num_rows)).all()
+        self.in_step = bool(state.get("in_step", False) and level)  # files of the first version do not say
 
     def lane_slots(self, lane: int) -> NDArray[np.int64]:  # [count]
         """Slots of one lane's transitions, the oldest first."""
         row = (self.head[lane] - self.count[lane] + np.arange(self.count[lane])) % self.num_rows
         return np.asarray(row * self.num_envs + lane)
 
-    def _begin_episodes(self, t: Transitions, lanes: NDArray[np.int64] | slice, slots: NDArray[np.int64]) -> None:
-        """Numbers the episodes of new transitions, and lets windows run from their predecessors into them."""
+    def _begin_episodes(self, t: Transitions, lanes: NDArray[np.int64] | slice) -> NDArray[np.bool_]:
+        """Numbers the episodes of new transitions; says in which lanes they follow the newest transition."""
         going_on = self.open[lanes]
         if t.episode is not None:
             going_on = going_on & (t.episode == self.episode[lanes])
@@ -171,21 +193,22 @@ class Rows:
             starting = t.lanes[~going_on]
             self.episode[starting] = self.next_episode + np.arange(len(starting))
             self.next_episode += len(starting)
-        self.stop[slots - self.num_envs] = ~going_on  # row -1 is the last one
+        return going_on
 
-    def _write(self, slots: NDArray[np.int64], t: Transitions, episode: NDArray[np.int64]) -> None:
-        """Fills slots with transitions, numbered on from the last."""
-        num = len(slots)
-        records: NDArray[Any] = np.empty(num, dtype=self.records.dtype)
+    def _filled(self, records: NDArray[Any], t: Transitions, episode: NDArray[np.int64]) -> NDArray[Any]:
+        """Fills records [K] with transitions, numbered on from the last, and returns them."""
+        num = len(records)
         records["episode"] = episode
         records["generation"] = np.arange(self.next_generation, self.next_generation + num)
-        records["action"], records["reward"] = t.action, t.reward
-        records["terminated"], records["truncated"] = t.terminated, t.truncated
+        records["action"] = t.action
+        records["reward"] = t.reward
+        records["terminated"] = t.terminated
+        records["truncated"] = t.truncated
         records["mask"] = True if t.mask is None else t.mask
         records["next_mask"] = True if t.next_mask is None else t.next_mask | t.terminated[:, None]
         self.observations.write(records, t.obs, t.next_obs, t.lanes)
-        self.records[slots] = records
         self.next_generation += num
+        return records
 
     def _drop_lost(self) -> NDArray[np.int64]:
         """Forgets the oldest transitions of lanes whose frames have been overwritten; recounts the rest."""
@@ -196,6 +219,7 @@ class Rows:
             lost = self.observations.lost(self.records[oldest])
             if not lost.any():
                 break
+            self.in_step = False
             self.generation[oldest[lost]] = -1
             self.count[lanes[lost]] -= 1
             emptied.append(oldest[lost])

@@ -39,38 +39,53 @@ def elementwise_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [B], priority [B] and value of the action taken [B]; gradients flow through `online(batch.obs)` alone."""
     outputs = online(batch.obs)
-    with torch.no_grad():
-        target_outputs = target(batch.next_obs)
-        selector = online(batch.next_obs) if config.double and not config.munchausen else target_outputs
     if config.head != "expected":
-        return _distribution_loss(config, online, batch, outputs, selector, target_outputs)
-    if config.munchausen:
-        with torch.no_grad():
-            previous = target(batch.obs)
-        td_error = losses.munchausen_td_error(
+        return _distribution_loss(config, online, target, batch, outputs)
+    td = td_error(config, online, target, batch, outputs)
+    loss = elementwise(config, td)
+    if config.conservative_weight:
+        loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action, batch.mask)
+    return loss, td.detach().abs(), losses.select(outputs.detach(), batch.action)
+
+
+def td_error(
+    config: DQNConfig,
+    online: QNetwork,
+    target: QNetwork,
+    batch: TensorBatch,
+    outputs: Tensor,  # [B, A] online(batch.obs)
+) -> Tensor:  # [B]
+    """TD error of the expected head; gradients flow through `outputs` alone."""
+    with torch.no_grad():
+        target_outputs = target.forward(batch.next_obs)
+        selector = online.forward(batch.next_obs) if config.double and not config.munchausen else None
+        previous = target.forward(batch.obs) if config.munchausen else None
+    if previous is not None:
+        return losses.munchausen_td_error(
             outputs, batch.action, batch.reward, batch.discount, previous, target_outputs,
             config.munchausen_temperature, config.munchausen_scale, config.munchausen_clip, batch.mask, batch.next_mask,
         )  # fmt: skip
-    elif config.double:
-        td_error = losses.double_q_td_error(
+    if selector is not None:
+        return losses.double_q_td_error(
             outputs, batch.action, batch.reward, batch.discount, selector, target_outputs, batch.next_mask
         )
-    else:
-        td_error = losses.q_learning_td_error(
-            outputs, batch.action, batch.reward, batch.discount, target_outputs, batch.next_mask
-        )
-    loss = losses.huber(td_error, config.huber_delta) if config.loss == "huber" else losses.squared(td_error)
-    if config.conservative_weight:
-        loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action, batch.mask)
-    detached = td_error.detach()
-    return loss, detached.abs(), losses.select(outputs.detach(), batch.action)
+    return losses.q_learning_td_error(
+        outputs, batch.action, batch.reward, batch.discount, target_outputs, batch.next_mask
+    )
+
+
+def elementwise(config: DQNConfig, td: Tensor) -> Tensor:  # [B] -> [B]
+    """The loss of each TD error."""
+    return losses.huber(td, config.huber_delta) if config.loss == "huber" else losses.squared(td)
 
 
 def _distribution_loss(
-    config: DQNConfig, online: QNetwork, batch: TensorBatch, outputs: Tensor, selector: Tensor, target_outputs: Tensor
+    config: DQNConfig, online: QNetwork, target: QNetwork, batch: TensorBatch, outputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`elementwise_loss` of the categorical and the quantile head; outputs are [B, A, K]."""
     with torch.no_grad():
+        target_outputs = target.forward(batch.next_obs)
+        selector = online.forward(batch.next_obs) if config.double else target_outputs
         next_action = losses.greedy_action(online.values(selector), batch.next_mask)
         next_distribution = losses.select(target_outputs, next_action)
         values = online.values(outputs)

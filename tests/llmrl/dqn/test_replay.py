@@ -239,3 +239,22 @@ def test_memory_is_at_most_twice_the_raw_columns(sampling, obs_shape, num_envs):
     replay = ReplayBuffer(100_000, num_envs, obs_shape, 9, sampling=sampling)
     raw_row = 2 * 4 * obs_shape[0] + 4 + 4 + 1 + 1 + 9 + 9  # observations, action, reward, two flags, two masks
     assert replay.num_bytes <= 2 * 100_000 * raw_row
+
+
+@pytest.mark.parametrize("num_steps", [5, 19, 20, 47])
+def test_lanes_in_step_are_written_as_any_lanes_are(replays, num_steps):
+    quick, plain = replays.make(), replays.make()
+    plain.rows.in_step = False
+    for replay in (quick, plain):
+        rng = np.random.default_rng(0)
+        for number in range(num_steps):
+            obs, next_obs = rng.normal(size=(2, 3, 2)).astype(np.float32)
+            terminated, truncated = rng.random((2, 3)) < 0.2
+            replay.add(obs, rng.integers(4, size=3), np.full(3, number), terminated, truncated, next_obs)
+    assert quick.rows.in_step
+    assert not plain.rows.in_step
+    assert np.array_equal(quick.rows.records, plain.rows.records)
+    for name in ("stop", "head", "count", "open", "episode"):
+        assert np.array_equal(getattr(quick.rows, name), getattr(plain.rows, name)), name
+    numbers = np.arange(len(quick))
+    assert sorted(quick.rows.slots_of(numbers)) == sorted(plain.rows.slots_of(numbers))
