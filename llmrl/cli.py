@@ -61,6 +61,10 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file.")
 OptionalConfigOption = Annotated[Optional[Path], typer.Option("--config", "-c", help="YAML file.")]  # noqa: UP045
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Run directory; new or empty.")]
 WandbOption = Annotated[Optional[WandbChoice], typer.Option("--wandb", help="Weights & Biases mode.")]  # noqa: UP045
+TrackersOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--trackers", help="Further trackers, separated by commas: tensorboard, trackio, ..."),
+]
 KindOption = Annotated[Optional[Kind], typer.Option("--kind", help="Default: told by the keys.")]  # noqa: UP045
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -90,11 +94,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     wandb: WandbOption = None,
+    trackers: TrackersOption = None,
 ) -> None:
     """Learn a policy and write it to OUTPUT/policy."""
     again = ["llmrl", "train", "--config", str(config), "--output", str(output), "--resume", *(overrides or [])]
     with reported_failures(f"stopped; go on with\n  {shlex.join(again)}"):
-        settings = _load("train", config, overrides)
+        settings = _load("train", config, overrides, None, trackers)
         from llmrl.training.loop import train as run
 
         run(config=settings, output=output, resume=resume, wandb_mode=_value(wandb))
@@ -118,6 +123,7 @@ def finetune(
         typer.Option("--schedule", "-s", help="A named schedule instead: linear, cosine, constant."),
     ] = None,
     wandb: WandbOption = None,
+    trackers: TrackersOption = None,
 ) -> None:
     """Run one fine-tuning job, steered by a policy or by a named schedule."""
     with reported_failures(f"stopped; what was decided so far is in {output / 'schedule.jsonl'}"):
@@ -126,7 +132,7 @@ def finetune(
 
             got = "neither" if policy is None else "both"
             raise UserError("what steers the job?", expected="one of --policy and --schedule", got=got)
-        settings = _load("finetune", config, overrides, wandb)
+        settings = _load("finetune", config, overrides, wandb, trackers)
         from llmrl.finetune import finetune as run
 
         run(config=settings, output=output, policy=policy, schedule=schedule)
@@ -146,10 +152,11 @@ def compare(
     output: OutputOption,
     overrides: Overrides = None,
     wandb: WandbOption = None,
+    trackers: TrackersOption = None,
 ) -> None:
     """Compare a policy with the usual schedules, over tasks, starting rates and seeds."""
     with reported_failures(f"stopped; finished runs stay in {output}"):
-        settings = _load("compare", config, overrides, wandb)
+        settings = _load("compare", config, overrides, wandb, trackers)
         from llmrl.compare.runner import compare as run
 
         run(config=settings, output=output, policy=policy)
@@ -231,10 +238,18 @@ def policy_push(
         typer.echo(push_policy(policy, repository, private=private))
 
 
-def _load(kind: Any, path: Path, overrides: Sequence[str] | None, wandb: WandbChoice | None = None) -> Any:
+def _load(
+    kind: Any,
+    path: Path,
+    overrides: Sequence[str] | None,
+    wandb: WandbChoice | None = None,
+    trackers: str | None = None,
+) -> Any:
     from llmrl.config_loading import load_config
 
     tracking = [] if wandb is None else [f"tracking.wandb={wandb.value}"]
+    if trackers is not None:
+        tracking.append(f"tracking.trackers=[{trackers}]")
     return load_config(kind, path, [*(overrides or []), *tracking])
 
 

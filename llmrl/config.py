@@ -27,6 +27,7 @@ _UNREAD_ELSEWHERE = ("tasks", "device", "actions", "observation", "reward", "sch
 
 Device: TypeAlias = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 WandbMode: TypeAlias = Literal["offline", "online", "disabled"]
+TrackerName: TypeAlias = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio"]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0.0)]
 Positive: TypeAlias = Annotated[float, Field(gt=0.0)]
 
@@ -188,6 +189,7 @@ class TrackingConfig(Settings):
         group: Experiment that several runs belong to; not given: the name of the run directory.
         tags: Labels to filter by.
         name: Shown in the list of runs; not given: the name of the run directory.
+        trackers: Further trackers, by accelerate's names; each needs its own package.
     """
 
     wandb: WandbMode | None = None
@@ -195,6 +197,7 @@ class TrackingConfig(Settings):
     group: str | None = Field(default=None, min_length=1)
     tags: tuple[str, ...] = ()
     name: str | None = Field(default=None, min_length=1)
+    trackers: tuple[TrackerName, ...] = ()
 
 
 class TrainConfig(Settings):

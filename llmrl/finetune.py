@@ -16,7 +16,6 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.models import save_model
-from llmrl_envs.rendering import ScheduleHistory, draw_history
 
 from llmrl.config import FinetuneConfig
 from llmrl.config_loading import config_to_yaml
@@ -25,7 +24,7 @@ from llmrl.hosts.job import DecisionRecord, JobResult, named_schedule, run_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
 from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory
-from llmrl.tracking import Tracker, make_tracker
+from llmrl.tracking import DecisionLog, Tracker, make_tracker
 
 
 def finetune(
@@ -173,37 +172,19 @@ class _Recorder:
         self._names = policy.spec.names
         self._actions = policy.table.names
         self._rows = JsonlWriter(output / "schedule.jsonl")
-        self._history = ScheduleHistory(self._actions, job.task.name, job.task.steps)
-        self._table: list[list[Any]] = []
+        self._log = DecisionLog(tracker, title=job.task.name, total_steps=job.task.steps)
+        tracker.use_policy(policy.reference, policy.folder)
 
     def write(self, record: DecisionRecord) -> None:
         """Notes one decision."""
-        self._rows.write(decision_row(record, self._names, self._actions))
-        self._history.append(
-            step=record.step,
-            train_loss=record.train_loss,
-            validation_loss=record.validation_loss,
-            learning_rate=record.learning_rate,
-            action=record.decision.action,
-        )
-        metrics = {
-            "llmrl/learning_rate": record.learning_rate,
-            "llmrl/action": float(record.decision.action),
-            "train/loss": record.train_loss,
-            "validation/loss": record.validation_loss,
-        }
-        self._tracker.log({k: v for k, v in metrics.items() if math.isfinite(v)}, step=record.step)
-        row = [record.decision.step, record.decision.action_name, record.learning_rate, record.train_loss]
-        self._table.append([*row, record.validation_loss, ", ".join(record.events)])
+        row = decision_row(record, self._names, self._actions)
+        self._rows.write(row)
+        self._log.add(row, {"train/loss": record.train_loss, "validation/loss": record.validation_loss})
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Draws the picture and writes the summary, last."""
         self._rows.close()
-        picture = self._output / "schedule.png"
-        draw_history(self._history).savefig(picture)
-        columns = ["step", "action", "learning_rate", "train_loss", "validation_loss", "events"]
-        self._tracker.log_table("llmrl/decisions", columns, self._table)
-        self._tracker.log_image("llmrl/schedule", picture)
+        self._log.finish(self._output / "schedule.png")
         self._tracker.set_summary(summary)
         self._tracker.finish()
         atomic_write_json(self._output / "summary.json", summary)

@@ -54,6 +54,10 @@ class SchedulePolicy:
         settings: The schedule that the actions were learned with.
         network: The Q-network; None holds.
         provenance: What the policy was trained on, JSON-ready.
+
+    Attributes:
+        reference: What it was loaded by; its name where it was made here.
+        folder: The folder that it was read from; None where it was made here.
     """
 
     def __init__(
@@ -73,11 +77,13 @@ class SchedulePolicy:
         self.settings = settings
         self.network = network
         self.provenance = provenance or {}
+        self.reference = self.name
+        self.folder: Path | None = None
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return HOLD if self.network is None else str(self.provenance.get("name", "policy"))
+        return str(self.provenance.get("name", HOLD if self.network is None else "policy"))
 
     def act(self, observation: NDArray[np.float32], mask: NDArray[np.bool_]) -> PolicyDecision:
         """Greedy actions for observations float32[E, O] among those available in mask bool[E, A]."""
@@ -122,11 +128,13 @@ class SchedulePolicy:
         config = language.config
         network = _read_network(folder / WEIGHTS_FILE) if config.kind == "network" else None
         try:
-            return cls(language.table, language.spec, language.settings, network, config.provenance)
+            policy = cls(language.table, language.spec, language.settings, network, config.provenance)
         except ValueError as error:
             raise UserError(
                 "the policy's network does not fit its config", where=str(folder), got=str(error)
             ) from error
+        policy.reference, policy.folder = str(reference), folder
+        return policy
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes the folder; the same policy always gives the same bytes."""

@@ -1,8 +1,6 @@
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,33 +10,20 @@ from matplotlib.image import imsave
 from numpy import zeros
 
 from llmrl.config import TrackingConfig
-from llmrl.tracking import NullTracker, WandbTracker, make_tracker, resolve_wandb_mode, without_dots
+from llmrl.tracking import (
+    NullTracker,
+    WandbTracker,
+    make_tracker,
+    open_run_tracker,
+    resolve_wandb_mode,
+    without_dots,
+)
 
+ReadBack = Callable[[Path], dict[str, list[dict[str, Any]]]]
 OFFLINE = TrackingConfig(wandb="offline", project="tests", group="experiment", tags=("fast",), name="one")
 
 
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    yield
-    if wandb.run is not None:
-        wandb.finish()
-
-
-def read_back(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of an offline run by type, through W&B's own reader."""
-    (file,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records: dict[str, list[dict[str, Any]]] = {}
-    for record in map(json.loads, lines):
-        records.setdefault(record["type"], []).append(record.get(record["type"], {}))
-    return records
-
-
-def test_an_offline_run_is_complete(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_offline_run_is_complete(tmp_path: Path, read_back: ReadBack, capfd: pytest.CaptureFixture[str]) -> None:
     run_directory = tmp_path / "run"
     policy = tmp_path / "policy"
     policy.mkdir()
@@ -76,7 +61,7 @@ def test_an_offline_run_is_complete(tmp_path: Path, capfd: pytest.CaptureFixture
     assert printed.err == ""
 
 
-def test_a_failed_run_is_marked(tmp_path: Path) -> None:
+def test_a_failed_run_is_marked(tmp_path: Path, read_back: ReadBack) -> None:
     tracker = make_tracker(OFFLINE, "finetune", tmp_path, {})
     tracker.finish(failed=True)
     assert read_back(tmp_path)["exit"][0]["exit_code"] == 1
@@ -102,7 +87,7 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     assert chosen.run.id == "mine"
 
 
-def test_an_open_run_is_reused_and_left_open(tmp_path: Path) -> None:
+def test_an_open_run_is_reused_and_left_open(tmp_path: Path, read_back: ReadBack) -> None:
     host = wandb.init(mode="offline", dir=str(tmp_path), config={"batch": 8}, settings=wandb.Settings(silent=True))
     host.log({"train/loss": 2.0})
     tracker = make_tracker(OFFLINE, "finetune", tmp_path / "ours", {"task": {"steps": 5}})
@@ -116,7 +101,7 @@ def test_an_open_run_is_reused_and_left_open(tmp_path: Path) -> None:
     assert not (tmp_path / "ours").exists()
     rows = [record["item"] for record in read_back(tmp_path)["history"]]
     seen = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
-    assert seen == [{"train/loss": 2.0}, {"level": 0.5, "llmrl/step": 3}, {"train/loss": 1.0}]
+    assert seen == [{"train/loss": 2.0}, {"level": 0.5, "train/global_step": 3}, {"train/loss": 1.0}]
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:
@@ -172,7 +157,7 @@ def test_dots_disappear_at_every_depth() -> None:
 
 
 def test_no_other_file_imports_wandb() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     users = [
         path.relative_to(root).as_posix()
         for folder in ("llmrl", "envs")
@@ -180,3 +165,72 @@ def test_no_other_file_imports_wandb() -> None:
         if "import wandb" in path.read_text(encoding="utf-8")
     ]
     assert {Path(user).parent.as_posix() for user in users} == {"llmrl/tracking"}
+
+
+def test_an_id_follows_from_what_the_run_is_and_where(tmp_path: Path) -> None:
+    def run_id(folder: str, config: dict[str, Any], job_type: Any = "finetune", project: str = "a") -> str:
+        tracker = make_tracker(TrackingConfig(wandb="offline", project=project), job_type, tmp_path / folder, config)
+        assert isinstance(tracker, WandbTracker)
+        tracker.finish()
+        (tmp_path / folder / "wandb" / "run-id.txt").unlink()
+        return str(tracker.run.id)
+
+    first = run_id("one", {"seed": 0, "tracking": {"tags": ["x"]}})
+    assert run_id("one", {"seed": 0, "tracking": {"tags": ["y"]}}) == first, "made again, the same run"
+    assert (
+        len({first, run_id("two", {"seed": 0}), run_id("one", {"seed": 1}), run_id("one", {"seed": 0}, "compare")}) == 4
+    )
+
+
+class FakeRun:
+    """Notes what an online run is asked for."""
+
+    offline = False
+
+    def __init__(self) -> None:
+        self.used: list[Any] = []
+        self.updates: list[dict[str, Any]] = []
+        self.config = SimpleNamespace(update=lambda values, allow_val_change: self.updates.append(values))
+
+    def use_artifact(self, artifact: Any) -> None:
+        self.used.append(artifact)
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        """Takes anything."""
+
+
+def test_online_a_policy_is_an_artifact_that_the_run_uses(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    run = FakeRun()
+    tracker = WandbTracker(run, owned=True)
+    tracker.use_policy("wandb:team/project/policy:v3", tmp_path)
+    tracker.use_policy("runs/mine", tmp_path)
+    tracker.use_policy("hold", None)
+    assert run.used[0] == "team/project/policy:v3", "the lineage points to the artifact itself"
+    assert isinstance(run.used[1], wandb.Artifact)
+    assert list(run.used[1].manifest.entries) == ["config.json"]
+    assert len(run.used) == 2
+    assert run.updates[1] == {"policy": {"reference": "runs/mine", "path": str(tmp_path)}}
+
+
+def test_offline_a_policy_is_a_path(tmp_path: Path, read_back: ReadBack) -> None:
+    tracker = make_tracker(OFFLINE, "finetune", tmp_path / "run", {})
+    tracker.use_policy("runs/mine", tmp_path)
+    tracker.finish()
+    records = read_back(tmp_path / "run")
+    assert {"policy": {"reference": "runs/mine", "path": str(tmp_path)}} in [r.get("update") for r in records["config"]]
+    assert "artifact" not in records
+
+
+def test_without_an_open_run_nothing_is_recorded() -> None:
+    assert isinstance(open_run_tracker(), NullTracker)
+
+
+def test_beside_an_open_run_numbers_stand_over_the_trainers_step(tmp_path: Path, read_back: ReadBack) -> None:
+    host = wandb.init(mode="offline", dir=str(tmp_path), settings=wandb.Settings(silent=True))
+    open_run_tracker().log({"llmrl/learning_rate": 0.5}, step=7)
+    host.finish()
+    records = read_back(tmp_path)
+    (row,) = (record["item"] for record in records["history"])
+    assert (row["llmrl/learning_rate"], row["train/global_step"]) == (0.5, 7)
+    assert {"glob_name": "llmrl/*", "step_metric": "train/global_step"}.items() <= records["metric"][1].items()
