@@ -12,6 +12,8 @@ def check_mask(mask: NDArray[np.bool_]) -> None:
     Raises:
         ValueError: A row of `mask` [E, A] is all False.
     """
+    if np.count_nonzero(mask) == mask.size:
+        return
     available = mask.any(axis=1)
     if not available.all():
         lanes = np.flatnonzero(~available).tolist()
@@ -26,7 +28,7 @@ def greedy_actions(
     margin: float = 0.0,
 ) -> NDArray[np.int64]:  # [E]
     """The available action of highest value; the default action unless another exceeds it by more than `margin`."""
-    if mask is not None:
+    if mask is not None and np.count_nonzero(mask) < mask.size:
         q = np.where(mask, q, -np.inf)
     best: NDArray[np.int64] = q.argmax(axis=1)
     if default_action is None:

@@ -174,9 +174,10 @@ class DQNAgent:
             return self._greedy(obs, mask, noisy=False)
         chosen = self.exploration.choose(mask, self.env_steps)
         greedy = chosen == GREEDY
-        if greedy.any():
-            chosen = np.where(greedy, self._greedy(obs, mask, noisy=self.config.noisy), chosen)
-        return chosen
+        if not np.count_nonzero(greedy):
+            return chosen
+        best = self._greedy(obs, mask, noisy=self.config.noisy)
+        return best if np.count_nonzero(greedy) == len(greedy) else np.where(greedy, best, chosen)
 
     def _greedy(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, noisy: bool) -> NDArray[np.int64]:
         network = self.learner.online
@@ -185,7 +186,7 @@ class DQNAgent:
         elif self.config.noisy:
             network.remove_noise()
         q = self.q_values(obs)
-        if not np.isfinite(q).all():
+        if np.count_nonzero(np.isfinite(q)) < q.size:
             raise ValueError("obs: expected finite observations, got action values that are not finite")
         config = self.config
         return greedy_actions(q, mask, default_action=config.default_action, margin=config.default_action_margin)

@@ -124,7 +124,8 @@ class EpsilonGreedy:
         self.num_envs = num_envs
         self.max_repeat = max_repeat
         self._rng = rng
-        self._action = np.full(num_envs, GREEDY, dtype=np.int64)  # [E] exploratory action under way
+        self._greedy = np.full(num_envs, GREEDY, dtype=np.int64)  # [E]
+        self._action = self._greedy.copy()  # [E] exploratory action under way
         self._remaining = np.zeros(num_envs, dtype=np.int64)  # [E] decisions for which it still goes on
         weight = np.arange(1, max_repeat + 1) ** -2.0
         self._length_prefix = weight.cumsum() / weight.sum()
@@ -143,11 +144,11 @@ class EpsilonGreedy:
             raise ValueError(f"mask: expected shape ({self.num_envs}, A), got {mask.shape}")
         check_mask(mask)
         coin = self._rng.random(self.num_envs)
-        chosen = np.full(self.num_envs, GREEDY, dtype=np.int64)
+        chosen = self._greedy.copy()
         starts = coin < self.epsilon(env_steps)
         if self.max_repeat > 1:
             starts &= ~self._go_on(mask, chosen)
-        if starts.any():
+        if np.count_nonzero(starts):
             chosen[starts] = random_actions(mask[starts], self._rng)
             if self.max_repeat > 1:
                 self._begin(starts, chosen)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LARGE_SQUARE = 1e76  # the sum of squares of float32 numbers that no conversion from float64 has to look at
+
 
 class Transitions(NamedTuple):
     """One step of some environments, or successive steps of one."""
@@ -101,8 +103,11 @@ class TransitionSpec:
         return array
 
     def _reward(self, value: ArrayLike) -> NDArray[np.float32]:
-        with np.errstate(over="ignore"):
-            return self._vector("reward", value, "fiu").astype(np.float32, copy=False)
+        reward = self._vector("reward", value, "fiu")
+        if reward.dtype.char in "fd" and np.vdot(reward, reward) < LARGE_SQUARE:
+            return reward.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused with the values
+            return reward.astype(np.float32, copy=False)
 
     def _mask(self, name: str, value: ArrayLike) -> NDArray[np.bool_]:
         array = np.asarray(value)
@@ -119,11 +124,16 @@ class TransitionSpec:
         chosen = t.action.tolist()
         if chosen and not (min(chosen) >= 0 and max(chosen) < self.num_actions):
             raise ValueError(f"action: expected 0 to {self.num_actions - 1}, got {chosen}")
-        if t.mask is not None and not t.mask[self._lanes[: len(chosen)], t.action].all():
+        if t.mask is not None and not _all(t.mask) and not t.mask[self._lanes[: len(chosen)], t.action].all():
             _check_some_action("mask", t.mask)
             raise ValueError(f"action: expected an available one, got {chosen} of {t.mask.tolist()}")
-        if t.next_mask is not None and not t.next_mask.any(axis=1).all():
+        if t.next_mask is not None and not _all(t.next_mask) and not t.next_mask.any(axis=1).all():
             _check_some_action("next_mask", t.next_mask | t.terminated[:, None])
+
+
+def _all(mask: NDArray[np.bool_]) -> bool:
+    """`mask.all()` for few values, where a reduction is mostly its start."""
+    return np.count_nonzero(mask) == mask.size
 
 
 def check_finite(name: str, array: NDArray[Any]) -> None:

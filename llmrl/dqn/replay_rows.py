@@ -189,7 +189,7 @@ class Rows:
             going_on = going_on & (t.episode == self.episode[lanes])
             self.episode[lanes] = t.episode
             self.next_episode = max(self.next_episode, int(self.episode.max()) + 1)
-        elif not going_on.all():
+        elif np.count_nonzero(going_on) < len(going_on):
             starting = t.lanes[~going_on]
             self.episode[starting] = self.next_episode + np.arange(len(starting))
             self.next_episode += len(starting)
