@@ -104,7 +104,7 @@ class TransitionSpec:
 
     def _reward(self, value: ArrayLike) -> NDArray[np.float32]:
         reward = self._vector("reward", value, "fiu")
-        if reward.dtype.char in "fd" and np.vdot(reward, reward) < LARGE_SQUARE:
+        if reward.dtype.char in "fd" and float(np.vdot(reward, reward)) < LARGE_SQUARE:
             return reward.astype(np.float32, copy=False)
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused with the values
             return reward.astype(np.float32, copy=False)
