@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PresetName = Literal["nature", "default"]
 
+# 0.01 in Mnih et al. 2015, whose gradients are sums over 32 transitions where ours are means.
+PUBLISHED_RMSPROP_EPSILON = 0.01 / 32**2
+
 
 class NetworkConfig(BaseModel):
     """Shape of a Q-network; plain JSON, stored beside the weights."""
@@ -119,7 +122,7 @@ class DQNConfig(BaseModel):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = Field(1e-8, gt=0)
     rmsprop_decay: float = Field(0.95, gt=0, lt=1)
-    rmsprop_epsilon: float = Field(0.01, gt=0)
+    rmsprop_epsilon: float = Field(PUBLISHED_RMSPROP_EPSILON, gt=0, description="added to the gradient's variance")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on weight matrices only")
     max_grad_norm: float | None = Field(10.0, gt=0)
 
@@ -185,7 +188,8 @@ class DQNConfig(BaseModel):
 
         "nature" is plain DQN as in Mnih et al. 2015 (https://www.nature.com/articles/nature14236), with a network for
         vectors: uniform replay of a million, one-step targets from a network copied every 10,000 updates, the TD error
-        clipped to +-1 (the Huber gradient), rewards clipped to +-1, centred RMSProp, one update in four steps.
+        clipped to +-1 (the Huber gradient), rewards clipped to +-1, one update in four steps, and centred RMSProp with
+        the constant of the paper scaled to gradients that are means over the batch, so that the steps are the paper's.
         "default" adds double and dueling, three-step returns, LayerNorm and an averaged target network.
 
         Args:

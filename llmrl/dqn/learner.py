@@ -28,6 +28,7 @@ from llmrl.dqn.flat import FlatParameters, update_target
 from llmrl.dqn.flat_adam import FlatAdam
 from llmrl.dqn.networks import QNetwork
 from llmrl.dqn.replay import Batch
+from llmrl.dqn.rmsprop import CentredRMSprop
 from llmrl.dqn.schedules import geometric, linear
 from llmrl.dqn.td_loss import TensorBatch, elementwise_loss
 
@@ -248,13 +249,8 @@ class Learner:
             return torch.optim.Adam(
                 values, lr=rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True, capturable=True
             )
-        return torch.optim.RMSprop(
-            values,
-            lr=config.learning_rate,
-            alpha=config.rmsprop_decay,
-            eps=config.rmsprop_epsilon,
-            centered=True,
-            foreach=False,
+        return CentredRMSprop(
+            values, lr=config.learning_rate, decay=config.rmsprop_decay, epsilon=config.rmsprop_epsilon
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -19,7 +19,10 @@ def test_the_published_agent() -> None:
     assert (config.target_update_period, config.target_ema) == (10_000, 1.0)
     assert (config.loss, config.huber_delta, config.reward_clip) == ("huber", 1.0, 1.0)
     assert (config.optimizer, config.learning_rate, config.rmsprop_decay) == ("rmsprop", 0.00025, 0.95)
-    assert (config.rmsprop_epsilon, config.max_grad_norm, config.weight_decay) == (0.01, None, 0.0)
+    assert (
+        config.rmsprop_epsilon * config.batch_size**2 == 0.01
+    )  # the paper sums over the batch, the loss here is a mean
+    assert (config.max_grad_norm, config.weight_decay) == (None, 0.0)
     assert (config.batch_size, config.replay_capacity, config.learning_starts) == (32, 1_000_000, 50_000)
     assert config.replay_ratio == 1 / 4
     assert (config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps) == (1.0, 0.1, 1_000_000)
