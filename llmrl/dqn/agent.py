@@ -9,7 +9,7 @@ metrics = agent.learn()                                            # None when n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,7 +95,11 @@ class DQNAgent:
         device: Where the networks live; "auto" is CUDA where there is one.
         metadata: What observations and actions mean (hashes); experience is only merged where it agrees.
         rank: Number of the process where several learn together: all start from the same network, and each explores
-            and samples differently. They also need `learner.average_gradient`.
+            and samples differently. They also need `learner.average_gradient`, and `env_steps` set to the sum over
+            all of them before each `learn`, which then does the same updates everywhere.
+
+    Attributes:
+        merge_statistics: Where several processes learn together: the merged statistics of the observations of all.
     """
 
     def __init__(
@@ -113,12 +117,11 @@ class DQNAgent:
         self.config = config
         self.num_envs, self.num_actions, self.obs_shape = num_envs, num_actions, tuple(obs_shape)
         network_seed = int(np.random.SeedSequence(config.seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        explore_seed, sample_seed = np.random.SeedSequence(config.seed, spawn_key=(rank,)).spawn(2)
         generator = torch.Generator().manual_seed(network_seed)
         self.learner = Learner(config, config.network(self.obs_shape, num_actions), generator, resolve_device(device))
-        self.exploration = make_exploration(config, num_envs, np.random.default_rng(explore_seed))
-        self._sample_rng = np.random.default_rng(sample_seed)
+        self._seed_generators(rank)
         self._statistics = RunningStatistics(self.obs_shape)
+        self.merge_statistics: Callable[[RunningStatistics], RunningStatistics] | None = None
         self.replay = ReplayBuffer(
             config.replay_capacity,
             num_envs,
@@ -139,6 +142,13 @@ class DQNAgent:
         if self.learner.device.type != "cpu" or network.config.torso != "mlp" or network.config.noisy:
             return None
         return NumpyNetwork(network.config, {name: value.numpy() for name, value in network.state_dict().items()})
+
+    def _seed_generators(self, *key: int) -> None:
+        """Generators of exploration, sampling and acting noise, a process's own; the learner's is the same in all."""
+        explore, sample, noise = np.random.SeedSequence(self.config.seed, spawn_key=key).spawn(3)
+        self.exploration = make_exploration(self.config, self.num_envs, np.random.default_rng(explore))
+        self._sample_rng = np.random.default_rng(sample)
+        self._noise_generator = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
 
     @property
     def learner_steps(self) -> int:
@@ -182,7 +192,7 @@ class DQNAgent:
     def _greedy(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, noisy: bool) -> NDArray[np.int64]:
         network = self.learner.online
         if noisy:
-            network.resample_noise(self.learner.generator)
+            network.resample_noise(self._noise_generator)
         elif self.config.noisy:
             network.remove_noise()
         q = self.q_values(obs)
@@ -226,7 +236,7 @@ class DQNAgent:
         due = int(beyond * self.config.replay_ratio) + 1 - self._scheduled_updates
         if due <= 0:
             return None
-        if self.config.normalize_obs and self._statistics.count:
+        if self.config.normalize_obs:
             self._use_statistics()
         for _ in range(due - 1):
             self._update()
@@ -242,16 +252,18 @@ class DQNAgent:
         Raises:
             ValueError: The replay buffer is empty.
         """
-        if self.config.normalize_obs and not self._statistics.count:
-            batch = self.replay.sample(max(len(self.replay), 1), self._sample_rng, n_step=1, gamma=0.0)
-            self._statistics.update(batch.obs)
+        if self.config.normalize_obs and self.learner_steps == 0:
+            if not self._statistics.count:
+                batch = self.replay.sample(max(len(self.replay), 1), self._sample_rng, n_step=1, gamma=0.0)
+                self._statistics.update(batch.obs)
             self._use_statistics()
         for _ in range(num_updates):
             yield self._update().metrics()
 
     def _use_statistics(self) -> None:
+        seen = self._statistics if self.merge_statistics is None else self.merge_statistics(self._statistics)
         for network in (self.learner.online, self.learner.target):
-            network.set_obs_statistics(self._statistics.mean, self._statistics.std)
+            network.set_obs_statistics(seen.mean, seen.std)
 
     def _update(self) -> UpdateResult:
         batch = self._sample()
@@ -293,6 +305,7 @@ class DQNAgent:
         tensors = self.learner.tensors()
         for name, value in self._statistics.state_dict().items():
             tensors[f"statistics.{name}"] = torch.from_numpy(np.array(value))
+        tensors["acting_noise"] = self._noise_generator.get_state()
         save_file(tensors, directory / "learner.safetensors")
         self.replay.save(directory / "replay")
         write_json(
@@ -316,17 +329,43 @@ class DQNAgent:
         Raises:
             ValueError: Files are missing, damaged, of another version, or of an agent of another shape.
         """
+        state = self._load_learner(directory)
+        self.replay.restore(directory / "replay")
+        self.exploration.load_state_dict(state["exploration"])
+        self._sample_rng.bit_generator.state = state["sample_rng"]
+
+    def load_shares(self, directories: Sequence[Path], *, rank: int, num_processes: int) -> None:
+        """Goes on from agents that learned together, in another number of processes than they did.
+
+        Networks, optimizer and counters are theirs exactly. Their experience is divided among the processes, unbroken
+        runs whole, and has the highest priority again; generators start anew.
+
+        Raises:
+            ValueError: Files are missing, damaged, of another version, or of an agent of another shape.
+        """
+        merged = RunningStatistics(self.obs_shape)
+        for directory in reversed(directories):  # so that what is loaded last, and kept, is the first one's
+            self._load_learner(directory)
+            merged.merge(self._statistics)
+        # Merging over the processes counts everything once: all of it is with the first, nothing with the others.
+        self._statistics = merged if rank == 0 else RunningStatistics(self.obs_shape)
+        for directory in directories:
+            self.replay.merge(directory / "replay", rank=rank, num_processes=num_processes)
+        self._seed_generators(rank, self.env_steps)
+
+    def _load_learner(self, directory: Path) -> dict[str, Any]:
+        """Restores networks, optimizer, statistics and counters; returns the state that they were read from."""
         state = read_json(directory / "agent.json", version=FORMAT_VERSION, agent="dqn")
         tensors = read_tensors(directory / "learner.safetensors")
         prefix = "statistics."
         statistics = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        if "acting_noise" in tensors:  # absent from files of the first version
+            self._noise_generator.set_state(tensors.pop("acting_noise"))
         self.learner.load(tensors, state["counters"])
         self._statistics.load_state_dict({name: value.numpy() for name, value in statistics.items()})
-        self.replay.restore(directory / "replay")
-        self.exploration.load_state_dict(state["exploration"])
-        self._sample_rng.bit_generator.state = state["sample_rng"]
         self.env_steps = state["env_steps"]
         self._scheduled_updates = state["scheduled_updates"]
+        return state
 
 
 def make_exploration(config: DQNConfig, num_envs: int, rng: np.random.Generator) -> EpsilonGreedy:

@@ -237,6 +237,17 @@ class RunningStatistics:
         self.mean += delta * (size / total)
         self.count = total
 
+    def merge(self, other: RunningStatistics) -> None:
+        """Adds everything that other statistics have seen."""
+        if not other.count:
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        between = delta**2 * (self.count * other.count / total)
+        self.sum_squares = self.sum_squares + other.sum_squares + between
+        self.mean = self.mean + delta * (other.count / total)
+        self.count = total
+
     @property
     def std(self) -> NDArray[np.float64]:
         """Population standard deviation; 1 where a feature has not moved, so that constants pass unscaled."""

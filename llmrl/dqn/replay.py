@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmrl.dqn.replay_batch import Batch, RewardTransform, build_batch
 from llmrl.dqn.replay_checks import TransitionSpec, check_positive
-from llmrl.dqn.replay_merge import Experience, HeldExperience, merge
+from llmrl.dqn.replay_merge import Experience, HeldExperience, Share, merge
 from llmrl.dqn.replay_rows import Changed, Rows
 from llmrl.dqn.replay_storage import LoadReport, StoredReplay, append_replay, check_agrees, write_replay
 from llmrl.dqn.sum_tree import SumTree
@@ -234,12 +234,17 @@ class ReplayBuffer:
             self._tree.set(rows.live_slots(), self._highest_leaf if priorities is None else priorities)
         return LoadReport(stored.num_stored, len(self), None)
 
-    def merge(self, source: Path | StoredReplay | ReplayBuffer) -> LoadReport:
+    def merge(self, source: Path | StoredReplay | ReplayBuffer, *, rank: int = 0, num_processes: int = 1) -> LoadReport:
         """Adds the experience of another run as if it had just been collected.
 
         The other run may have had another number of environments or capacity, but observations and actions must mean
         the same. What does not fit is left out, the oldest first. From a damaged folder every transition before the
         damage is taken, with a warning.
+
+        Args:
+            source: A folder, or a buffer.
+            rank: Which share to take where several processes divide the experience among them.
+            num_processes: How many do.
 
         Raises:
             ValueError: The folder cannot be read, or shapes or metadata differ.
@@ -252,6 +257,8 @@ class ReplayBuffer:
             experience = stored = source if isinstance(source, StoredReplay) else StoredReplay(source)
             check_agrees(str(stored.path), stored.about, self._about(), ("spec", "metadata"))
             num_stored, damage = stored.num_stored, stored.damage
+        if num_processes > 1:
+            experience = Share(experience, rank, num_processes)
         for changed in merge(self.rows, experience):
             self._changed(changed)
         num_loaded = min(len(experience.environment), self.capacity)

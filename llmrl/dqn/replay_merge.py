@@ -38,6 +38,37 @@ class HeldExperience:
         return self._rows.transitions(self._slots[which])
 
 
+class Share:
+    """The part of some experience that falls to one of several processes.
+
+    Unbroken runs stay whole; each goes to the process that has been dealt the fewest transitions so far.
+
+    Args:
+        source: All of it; every process must see the same.
+        rank: The process, from 0.
+        num_processes: Number of processes.
+    """
+
+    def __init__(self, source: Experience, rank: int, num_processes: int) -> None:
+        dealt = np.zeros(num_processes, dtype=np.int64)
+        begins = source.begins.copy()
+        own = [np.zeros(0, dtype=np.int64)]
+        for run in unbroken_runs(source.environment, source.begins):
+            receiver = int(dealt.argmin())
+            dealt[receiver] += len(run)
+            if receiver == rank:
+                own.append(run)
+                begins[run[0]] = True
+        self._source = source
+        self._places = np.sort(np.concatenate(own))
+        self.environment = source.environment[self._places]
+        self.begins = begins[self._places]
+
+    def transitions(self, which: NDArray[np.int64]) -> Transitions:
+        """Some of the transitions."""
+        return self._source.transitions(self._places[which])
+
+
 def merge(rows: Rows, source: Experience) -> Iterator[Changed]:
     """Writes experience into `rows` as if it had just been collected; what does not fit is its oldest part.
 

@@ -112,6 +112,47 @@ def test_ranks_share_the_network_and_nothing_else() -> None:
     assert actions[0] != actions[1]
 
 
+def test_acting_noise_moves_nothing_that_ranks_share() -> None:
+    """Resets draw from the learner's generator, which must stand at the same place on every rank."""
+    learning = agent(noisy=True, epsilon_start=0.0, epsilon_end=0.0)
+    obs, mask = World(0)._draw()
+    before = learning.learner.generator.get_state()
+    actions = {tuple(learning.act(obs, mask, explore=True).tolist()) for _ in range(50)}
+    assert len(actions) > 1, "the noise explores"
+    assert torch.equal(learning.learner.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("changes", VARIANTS[:5])
+def test_agents_that_learned_together_go_on_in_another_number(
+    tmp_path: Path, num_processes: int, changes: dict[str, Any]
+) -> None:
+    old = [agent(**changes), agent(seed=1, **changes)]
+    for rank, learning in enumerate(old):
+        World(rank).play(learning, 60)
+        learning.save(tmp_path / str(rank))
+    new = [
+        agent(replay_capacity=300, **{k: v for k, v in changes.items() if k != "replay_capacity"})
+        for _ in range(num_processes)
+    ]
+    for rank, learning in enumerate(new):
+        learning.load_shares([tmp_path / "0", tmp_path / "1"], rank=rank, num_processes=num_processes)
+        tensors = old[0].learner.tensors(), learning.learner.tensors()
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        assert (learning.env_steps, learning.learner_steps) == (old[0].env_steps, old[0].learner_steps)
+        assert learning._scheduled_updates == old[0]._scheduled_updates
+    assert sorted(rewards(new)) == sorted(rewards(old)), "nothing of the experience is lost or doubled"
+    sizes = [len(learning.replay) for learning in new]
+    assert max(sizes) - min(sizes) < 40
+    counts = sum(learning._statistics.count for learning in new)
+    assert counts == sum(learning._statistics.count for learning in old)
+
+
+def rewards(agents: list[DQNAgent]) -> list[float]:
+    """Rewards of all that is stored."""
+    return [float(r) for each in agents for r in each.replay.rows.records["reward"][each.replay.rows.live_slots()]]
+
+
 def test_greedy_acting_does_not_depend_on_or_move_any_generator() -> None:
     learning = agent(noisy=True)
     World(0).play(learning, 30)

@@ -170,3 +170,18 @@ def test_weights_of_another_shape_are_refused() -> None:
         network().load_weights(small)
     with pytest.raises(ValueError, match="expected \\["):
         network().load_weights({})
+
+
+def test_merged_statistics_are_those_of_everything_together():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(loc=i, scale=1 + i, size=(size, 3)) for i, size in enumerate((5, 0, 40, 1))]
+    merged = RunningStatistics((3,))
+    for part in parts:
+        one = RunningStatistics((3,))
+        if len(part):
+            one.update(part)
+        merged.merge(one)
+    every = np.concatenate(parts)
+    assert merged.count == len(every)
+    np.testing.assert_allclose(merged.mean, every.mean(axis=0))
+    np.testing.assert_allclose(merged.std, every.std(axis=0))

@@ -62,6 +62,35 @@ def test_merged_experience_is_not_joined_to_the_episode_under_way():
     }
 
 
+@pytest.mark.parametrize("maker", ["make", "make_images"])
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_divide_experience_without_loss_and_without_cutting(replays, tmp_path, maker, num_processes):
+    make = getattr(replays, maker)
+    old = make()
+    replays.play(old, 30, np.random.default_rng(0))
+    old.save(tmp_path / "replay")
+    parts = [make(num_envs=1, capacity=700) for _ in range(num_processes)]
+    for rank, part in enumerate(parts):
+        part.merge(tmp_path / "replay", rank=rank, num_processes=num_processes)
+    assert sum(map(len, parts)) == len(old)
+    assert sorted(r for part in parts for r in replays.stored_rewards(part)) == replays.stored_rewards(old)
+    want = windows(old)
+    for part in parts:
+        got = windows(part)
+        assert got == {name: want[name] for name in got}
+        assert len(part) > len(old) / num_processes / 2
+
+
+def windows(replay):
+    """Return, discount and end of the window that begins at each transition, which its reward names."""
+    first = replay.sample(60 * len(replay), np.random.default_rng(0), n_step=1, gamma=1.0)
+    whole = replay.sample(60 * len(replay), np.random.default_rng(0), n_step=4, gamma=0.5)
+    return {
+        int(first.reward[b]): (whole.reward[b], whole.discount[b], whole.next_obs[b].tobytes())
+        for b in range(len(whole.index))
+    }
+
+
 def test_long_episodes_stay_whole():
     old, new = ReplayBuffer(3000, 1, (1,), 1), ReplayBuffer(6000, 2, (1,), 1)
     for t in range(2500):
