@@ -210,6 +210,24 @@ class DQNConfig(BaseModel):
         return NetworkConfig(obs_shape=obs_shape, num_actions=num_actions, **values)
 
 
+FLAGS_READ: dict[str, frozenset[str]] = {
+    "tabular": frozenset(
+        {
+            "gamma",
+            "epsilon_schedule",
+            "epsilon_start",
+            "epsilon_end",
+            "epsilon_decay_steps",
+            "epsilon_ladder_exponent",
+            "exploration_max_repeat",
+        }
+    ),
+    "reinforce": frozenset(
+        {"torso", "hidden_sizes", "layer_norm", "gamma", "learning_rate", "batch_size", "max_grad_norm"}
+    ),
+}
+"""What the small agents read of a `DQNConfig`, beside the seed; they ignore everything else."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "nature": {

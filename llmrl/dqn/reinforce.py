@@ -4,8 +4,8 @@
     value loss  = mean (G_t - v(s_t))**2 / 2,   G_t = r_t + gamma G_{t+1}, bootstrapped with v where it was truncated
 
 Williams 1992, https://doi.org/10.1007/BF00992696. On-policy: whole episodes are gathered, used for one update once they
-hold `batch_size` steps, and dropped. Reads hidden_sizes, layer_norm, gamma, learning_rate, batch_size, max_grad_norm
-and seed of the configuration.
+hold `batch_size` steps, and dropped. Reads torso, hidden_sizes, layer_norm, gamma, learning_rate, batch_size,
+max_grad_norm and seed of the configuration (`config.FLAGS_READ`).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Q(s, a) += step * (r + gamma * max_b Q(s', b) - Q(s, a)),  step = visits(s, a) ** -0.6
 
 Watkins and Dayan 1992, https://doi.org/10.1007/BF00992698; step sizes of Even-Dar and Mansour 2003,
-https://www.jmlr.org/papers/v5/evendar03a.html, which need no tuning. Reads gamma, epsilon and seed of the
-configuration. A state is an observation rounded to `resolution`.
+https://www.jmlr.org/papers/v5/evendar03a.html, which need no tuning. Reads gamma, the exploration flags and seed of
+the configuration (`config.FLAGS_READ`). A state is an observation rounded to `resolution`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TabularAgent:
     """Q-learning with the agent interface; arguments as for `DQNAgent`.
 
     Args:
-        config: gamma, epsilon and seed are read.
+        config: gamma, exploration and seed are read.
         num_envs: Environments E that act together.
         obs_shape: Shape of one observation.
         num_actions: Actions A.
