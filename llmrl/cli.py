@@ -7,6 +7,7 @@ load neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ def train(
     trackers: TrackersOption = None,
 ) -> None:
     """Learn a policy and write it to OUTPUT/policy."""
-    again = ["llmrl", "train", "--config", str(config), "--output", str(output), "--resume", *(overrides or [])]
+    program = ["llmrl"] if os.environ.get("WORLD_SIZE", "1") == "1" else ["accelerate", "launch", "-m", "llmrl"]
+    again = [*program, "train", "--config", str(config), "--output", str(output), "--resume", *(overrides or [])]
     with reported_failures(f"stopped; go on with\n  {shlex.join(again)}"):
         settings = _load("train", config, overrides, None, trackers)
         from llmrl.training.loop import train as run

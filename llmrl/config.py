@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from llmrl.dqn.config import PRESETS, DQNConfig, PresetName
+from llmrl.dqn.config import FLAGS_READ, PRESETS, DQNConfig, PresetName
 
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
@@ -138,11 +138,17 @@ class AgentConfig(DQNConfig):
         name: dqn, tabular (Q-learning on a table), or reinforce (with a value baseline).
         preset_name: The key `preset`: where flags that are not given come from. `default`, or `nature`, the DQN exactly
             as first published.
+        experience: What earlier runs saw, put into the replay before learning starts: run directories or replay folders
+            of runs with the same observations and actions.
+        pretrain_updates: Updates on that experience before the first decision; they do not count against
+            `replay_ratio`. With `training.decisions: 0` the policy is learned from logs alone.
         seed: Not a key here: the agent's generators follow from the run's seed.
     """
 
     name: Literal["dqn", "tabular", "reinforce"] = "dqn"
     preset_name: PresetName = Field(default="default", alias="preset")
+    experience: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    pretrain_updates: int = Field(default=0, ge=0)
     seed: int = Field(default=0, exclude=True)
 
     @model_validator(mode="before")
@@ -157,27 +163,51 @@ class AgentConfig(DQNConfig):
             raise ValueError("agent.seed is not a key; the run's `seed` stands at the top level")
         return self
 
+    @model_validator(mode="after")
+    def _check_what_the_agent_reads(self) -> AgentConfig:
+        """A flag that an agent has no use for must stand at its default, so that nobody believes it has an effect."""
+        if self.name == "dqn":
+            return self
+        read = {"name", "seed", *FLAGS_READ[self.name]}
+        changed = [
+            field.alias or name
+            for name, field in type(self).model_fields.items()
+            if name not in read and getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+        if changed:
+            raise ValueError(f"{self.name} does not read {', '.join(f'agent.{name}' for name in changed)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pretraining(self) -> AgentConfig:
+        if self.pretrain_updates and not self.experience:
+            raise ValueError(f"agent.pretrain_updates={self.pretrain_updates} needs agent.experience to learn from")
+        return self
+
     def dqn(self, seed: int) -> DQNConfig:
         """The agent's flags alone, with the seed of its generators."""
-        return DQNConfig(**{**self.model_dump(exclude={"name", "preset_name"}), "seed": seed})
+        return DQNConfig(**{**self.model_dump(include=set(DQNConfig.model_fields)), "seed": seed})
 
 
 class TrainingConfig(Settings):
     """How long the agent learns and how often it is looked at.
 
     Attributes:
-        decisions: Decisions taken in all environments together.
+        decisions: Decisions taken in all environments of all processes together.
         demonstrations: Episodes of known schedules put into the replay before learning starts.
         checkpoint_period_episodes: Episodes between checkpoints.
         evaluation_period_episodes: Episodes between evaluations of the greedy policy; 0 evaluates at the end only.
         evaluation_episodes: Episodes of one evaluation.
+        process_timeout_seconds: Where several processes learn together, how long they wait for one that does not come;
+            longer than an evaluation takes, for which the others wait. One that is gone is noticed at once.
     """
 
-    decisions: int = Field(default=20_000, ge=1)
+    decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
     evaluation_episodes: int = Field(default=8, ge=1)
+    process_timeout_seconds: Positive = 7_200.0
 
 
 class TrackingConfig(Settings):
@@ -216,6 +246,12 @@ class TrainConfig(Settings):
     agent: AgentConfig = Field(default_factory=lambda: AgentConfig.model_validate({}))
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_that_something_is_learned(self) -> TrainConfig:
+        if not self.training.decisions and not self.agent.pretrain_updates:
+            raise ValueError("training.decisions=0 learns from logs alone and needs agent.pretrain_updates above 0")
+        return self
 
 
 class FinetuneConfig(Settings):

@@ -41,7 +41,7 @@ def reported_failures(on_interrupt: str) -> Iterator[None]:
         told = explain(error)
         if told is None:
             raise
-        print_message("error", told, style="red")
+        print_message("error", told, style="red", by_all=getattr(error, "told_by_all", False))
         raise typer.Exit(USER_ERROR_CODE) from None
 
 
@@ -63,11 +63,18 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def print_message(label: str, text: str, *, style: str) -> None:
-    """Prints to stderr. Of several processes of one job only the first does, so that nothing stands there twice."""
+def print_message(label: str, text: str, *, style: str, by_all: bool = False) -> None:
+    """Prints to stderr. Of several processes of one job only the first does, so that nothing stands there twice.
+
+    Args:
+        label: What kind of message it is.
+        text: The message.
+        style: Of the label.
+        by_all: Print in every process: the first may be the one that is gone.
+    """
     from rich.console import Console
 
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and not by_all:
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"{label}:", style=f"bold {style}", end=" ")

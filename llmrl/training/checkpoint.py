@@ -16,6 +16,8 @@ from typing import Any
 
 from llmrl.run_directory import atomic_write_json
 
+CHECKPOINTS = "checkpoints"  # in the run directory
+AGENT = "agent"  # in a checkpoint; agent.1, agent.2 .. of the other processes
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
@@ -38,7 +40,7 @@ def save_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"{number:09d}"
-    part = directory / f".{final.name}.part"
+    part = unfinished_checkpoint(directory, number)
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
@@ -57,13 +59,28 @@ def save_checkpoint(
     return final
 
 
+def unfinished_checkpoint(directory: Path, number: int) -> Path:
+    """Where checkpoint `number` is made."""
+    return directory / f".{number:09d}.part"
+
+
+def agent_folder(checkpoint: Path, rank: int = 0) -> Path:
+    """Where the agent of a process is in a checkpoint."""
+    return checkpoint / (AGENT if rank == 0 else f"{AGENT}.{rank}")
+
+
 def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its state; None when there is none."""
     for path in reversed(_numbered(directory)):
         if is_whole(path):
-            state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-            return path, state
+            return path, read_state(path)
     return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state that a whole checkpoint holds."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def is_whole(path: Path) -> bool:

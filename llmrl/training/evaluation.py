@@ -10,7 +10,9 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrl.dqn.agent import Agent
 from llmrl.dqn.lanes import episode_seed
+from llmrl.training.setup import schedule_language
 
 EVALUATION_STREAM = 1_000_003
 """Added to the run's seed, so that no evaluation job is a training job."""
@@ -32,6 +34,44 @@ class EvaluationResult:
     episode_return: float
     score: float
     diverged: float
+
+
+class Evaluator:
+    """Greedy episodes of an agent; for schedules beside holding on the same jobs.
+
+    Args:
+        env: A single environment.
+        agent: Whose policy it is.
+        seed: The run's seed.
+        num_episodes: Episodes of one evaluation.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], agent: Agent, *, seed: int, num_episodes: int) -> None:
+        self._env, self._agent = env, agent
+        self._seed, self._num_episodes = seed, num_episodes
+        self._language = schedule_language(env)
+        self._hold: EvaluationResult | None = None
+
+    def evaluate(self) -> dict[str, float]:
+        """What an `EvaluationResult` holds, and for schedules `hold_score`."""
+        values: dict[str, float] = dict(vars(self._run(lambda obs, mask: self._agent.act(obs, mask, explore=False))))
+        if self._language is not None:
+            hold = self._language[0].hold
+            if self._hold is None:
+                self._hold = self._run(lambda obs, mask: np.array([hold]))
+            values["hold_score"] = self._hold.score
+        return values
+
+    def hold_state(self) -> dict[str, float] | None:
+        """What holding achieved, as JSON values; it is measured once in a run."""
+        return None if self._hold is None else dict(vars(self._hold))
+
+    def load_hold_state(self, state: dict[str, float] | None) -> None:
+        """Goes on with what `hold_state` gave."""
+        self._hold = None if state is None else EvaluationResult(**state)
+
+    def _run(self, act: Act) -> EvaluationResult:
+        return evaluate(self._env, act, seed=self._seed, num_episodes=self._num_episodes)
 
 
 def evaluate(env: gymnasium.Env[Any, Any], act: Act, *, seed: int, num_episodes: int) -> EvaluationResult:

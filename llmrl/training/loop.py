@@ -2,10 +2,14 @@
 
 Run directory: config.yaml, metrics.jsonl (a row an episode and an evaluation), checkpoints/, policy/,
 learning_curve.png, wandb/. A run that is killed and resumed ends with the same policy, bit for bit on a CPU.
+
+Under `accelerate launch` every process runs this loop with environments and a replay of its own; what all agree on
+(decisions, episodes, what is due) follows from what they tell each other after each step. See `processes.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,27 +19,32 @@ from gymnasium.vector import VectorEnv
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.loading import JobLibrary
 
-from llmrl.config import FINE_TUNING_ID, TrainConfig
+from llmrl.config import FINE_TUNING_ID, EnvConfig, TrainConfig
 from llmrl.config_loading import config_to_yaml, load_config
+from llmrl.dqn.agent import DQNAgent
 from llmrl.dqn.collector import Collector, Episode
-from llmrl.hosts.accelerate import launched_processes
-from llmrl.run_directory import JsonlWriter, atomic_write_text, create_run_directory, read_jsonl
-from llmrl.tracking import Tracker, make_tracker
-from llmrl.training.checkpoint import latest_checkpoint, save_checkpoint
-from llmrl.training.curves import draw_learning_curve
+from llmrl.failures import print_message
+from llmrl.run_directory import atomic_write_text, create_run_directory
+from llmrl.training.checkpoint import CHECKPOINTS
 from llmrl.training.demonstrations import Demonstrator
-from llmrl.training.evaluation import EvaluationResult, evaluate
+from llmrl.training.evaluation import Evaluator
+from llmrl.training.experience import take_experience
 from llmrl.training.export import TrainedAgent, export_policy_folder
+from llmrl.training.processes import OneProcess, Processes, join_processes, process_device, process_seed
+from llmrl.training.recording import Recorder, episode_facts, loss_charts
+from llmrl.training.resuming import RunState, load_run, save_run
 from llmrl.training.setup import make_agent, make_environment, make_single_environment, schedule_language
-from llmrl.training.status import TrainingStatus
+from llmrl.training.sharing import check_equal, learner_digest
 
-CONFIG_FILE, METRICS_FILE, CHECKPOINTS, POLICY = "config.yaml", "metrics.jsonl", "checkpoints", "policy"
+CONFIG_FILE, POLICY = "config.yaml", "policy"
+PRETRAINING_PARTS = 10  # rows and checkpoints of the updates on stored experience
+UPDATES_BETWEEN_MEETINGS = 100  # after which a signal to stop is noticed
 
 
 def train(
     *, config: TrainConfig, output: Path, resume: bool = False, wandb_mode: str | None = None
 ) -> dict[str, float]:
-    """Learns a policy and writes it to OUTPUT/policy.
+    """Learns a policy and writes it to OUTPUT/policy; in several processes where a launcher started them.
 
     Args:
         config: What to learn, where and how long.
@@ -47,25 +56,22 @@ def train(
         The final evaluation: `episode_return`, `score`, `diverged`.
 
     Raises:
-        UserError: Bad input, or a run directory of another configuration.
+        UserError: Bad input, a run directory of another configuration, or another process that failed or is gone.
     """
-    if launched_processes() > 1:
-        raise UserError(
-            "training runs in one process", expected="llmrl train ...", got=f"{launched_processes()} processes"
-        )
     if wandb_mode is not None:
         tracking = config.tracking.model_copy(update={"wandb": wandb_mode})
         config = config.model_copy(update={"tracking": tracking})
+    with join_processes(config.training.process_timeout_seconds) as processes:
+        processes.first(lambda: _prepare(config, output, resume=resume))
+        run = TrainingRun(config, output, processes)
+        if resume:
+            run.resume()
+        return run.run()
+
+
+def _prepare(config: TrainConfig, output: Path, *, resume: bool) -> None:
+    """Makes the run directory; one that is there already may differ in the run's length and tracking alone."""
     create_run_directory(output, resume=resume)
-    _write_config(config, output)
-    run = TrainingRun(config, output)
-    if resume:
-        run.resume()
-    return run.run()
-
-
-def _write_config(config: TrainConfig, output: Path) -> None:
-    """Stores the configuration; one that is there already may differ in the run's length and tracking alone."""
     path = output / CONFIG_FILE
     if path.exists():
         before = load_config("train", path, [])
@@ -86,166 +92,237 @@ class TrainingRun:
     Args:
         config: The configuration.
         output: An existing run directory.
+        processes: Those that learn together; not given: this one alone.
+
+    Attributes:
+        decisions: Taken so far, in all processes together.
+        num_episodes: Finished so far, in all processes together.
     """
 
-    def __init__(self, config: TrainConfig, output: Path) -> None:
+    def __init__(self, config: TrainConfig, output: Path, processes: Processes | None = None) -> None:
         self.config = config
         self.output = output
-        self._library = JobLibrary(config.env.device) if config.env.id == FINE_TUNING_ID else None
-        self.env = make_environment(config.env, self._library)
-        self._evaluation_env = make_single_environment(config.env, self._library)
-        self.agent = make_agent(config, self.env)
-        self.collector = Collector(self.env, self.agent, seed=config.seed)
+        self.processes = processes or OneProcess()
+        rank = self.processes.rank
+        env_config = _own_devices(config.env)
+        self._library = JobLibrary(env_config.device) if config.env.id == FINE_TUNING_ID else None
+        self.env = make_environment(env_config, self._library)
+        self.agent = make_agent(config, self.env, self.processes)
+        self._evaluator = Evaluator(
+            make_single_environment(env_config, self._library),
+            self.agent,
+            seed=config.seed,
+            num_episodes=config.training.evaluation_episodes,
+        )
+        self.collector = Collector(self.env, self.agent, seed=process_seed(config.seed, rank))
+        self.decisions = 0
         self.num_episodes = 0
-        self._hold_result: EvaluationResult | None = None
-        self._metrics = JsonlWriter(output / METRICS_FILE)
+        self.num_pretrained = 0
+        self._num_pretraining_checkpoints = 0
+        self._has_experience = False
+        self._evaluation_due = self._checkpoint_due = False
+        self._all_ready = self._first_ready = True
         self._learner_metrics: dict[str, float] = {}
+        is_schedule = schedule_language(self.env) is not None
+        self.recorder = Recorder(config, output, is_schedule=is_schedule, enabled=rank == 0)
 
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float]:
         """Trains to the configured number of decisions, and returns the final evaluation."""
-        config = self.config
-        self._metrics_start()
-        tracker = make_tracker(config.tracking, "train-policy", self.output, config.model_dump(mode="json"))
-        decisions = config.training.decisions
-        with TrainingStatus(decisions, is_schedule=schedule_language(self.env) is not None) as status:
-            while self.collector.env_steps < decisions:
+        self.recorder.start()
+        with self.recorder.status as status:
+            self._take_experience()
+            self._pretrain()
+            while self.decisions < self.config.training.decisions:
                 for episode in self._step():
-                    self._finish_episode(episode, tracker, status)
-                status.update(self.collector.env_steps, self._epsilon(), self._learner_metrics.get("loss"))
-        final = self._evaluate(tracker, final=True)
-        self._finish(final, tracker)
-        return final
+                    self._record_episode(episode)
+                self._do_what_is_due()
+                status.update(self.decisions, self._epsilon(), self._learner_metrics.get("loss"))
+        return self._finish()
 
-    def _metrics_start(self) -> None:
-        if self._metrics.offset == 0:
-            self._metrics.write({"kind": "start", "decisions": 0, "seed": self.config.seed})
-
-    def _step(self) -> list[Episode]:
+    def _step(self) -> list[dict[str, Any]]:
+        """One step of every environment and the updates that follow from it; the episodes that ended, everywhere."""
         demonstrating = self.num_episodes < self.config.training.demonstrations
         self.collector.agent = self._demonstrator() if demonstrating else self.agent
-        episodes = self.collector.step()
+        # Whoever is between two episodes waits there for a checkpoint that is due.
+        episodes = [] if self._checkpoint_due and self._ready else self.collector.step()
+        told = self.processes.exchange(self.collector.env_steps, self._ready, len(episodes))
+        self.decisions = int(told[:, 0].sum())
+        self._all_ready, self._first_ready = bool(told[:, 1].all()), bool(told[0, 1])
+        with self.processes.inseparable():
+            self._learn()
+        own = [self._facts(episode) for episode in episodes]
+        return list(itertools.chain(*self.processes.gather(own))) if told[:, 2].any() else []
+
+    @property
+    def _ready(self) -> bool:
+        """Whether a checkpoint made now could be resumed exactly; a vector environment saves its own state."""
+        return self.collector.at_episode_boundary or isinstance(self.env, VectorEnv)
+
+    def _learn(self) -> None:
+        if isinstance(self.agent, DQNAgent):
+            self.agent.env_steps = self.decisions  # of all processes, so that all do the same updates
         metrics = self.agent.learn()
         if metrics is not None:
             self._learner_metrics = metrics
-        return episodes
 
     def _demonstrator(self) -> Demonstrator:
         if not isinstance(self.collector.agent, Demonstrator) or self.collector.at_episode_boundary:
             language = schedule_language(self.env)
             if language is None:
                 raise UserError("this environment has no demonstrations", expected="0", where="training.demonstrations")
-            rng = np.random.default_rng([self.config.seed, 11, self.num_episodes])
+            seed = process_seed(self.config.seed, self.processes.rank)
+            rng = np.random.default_rng([seed, 11, self.num_episodes])
             return Demonstrator(self.agent, *language, self.collector.num_envs, rng)
         return self.collector.agent
 
     def _epsilon(self) -> float:
         return float(getattr(self.agent, "epsilon", 0.0))
 
-    def _finish_episode(self, episode: Episode, tracker: Tracker, status: TrainingStatus) -> None:
-        self.num_episodes += 1
-        row = self._episode_row(episode)
-        self._metrics.write(row)
-        charts = {
-            "charts/episodic_return": row["return"],
-            "charts/episodic_length": row["length"],
-            "charts/score": row["score"],
-            "charts/epsilon": row["epsilon"],
-            **{f"losses/{name}": value for name, value in self._learner_metrics.items()},
-        }
-        numbers = {name: value for name, value in charts.items() if value is not None and np.isfinite(value)}
-        tracker.log(numbers, step=self.collector.env_steps)
-        status.episode(self.num_episodes, row["return"], row["score"])
-        training = self.config.training
-        period = training.evaluation_period_episodes
-        if period and self.num_episodes % period == 0:
-            result = self._evaluate(tracker, final=False)
-            status.evaluation(result["score"])
-        boundary = self.collector.at_episode_boundary or isinstance(self.env, VectorEnv)
-        if self.num_episodes % training.checkpoint_period_episodes == 0 and boundary:
-            self.checkpoint()
+    # -- experience of earlier runs -------------------------------------------------------------------------------
 
-    def _episode_row(self, episode: Episode) -> dict[str, Any]:
-        info = episode.info
-        facts: dict[str, Any] = {
-            name: info[name] for name in ("task", "given_rate", "total_steps", "diverged") if name in info
-        }
-        return {
-            "kind": "episode",
-            "episode": self.num_episodes,
-            "decisions": self.collector.env_steps,
-            "return": episode.episode_return,
-            "length": episode.length,
-            "score": float(info.get("score", episode.episode_return)),
+    def _take_experience(self) -> None:
+        """Fills the replay with what earlier runs saw; once, since checkpoints hold it from then on."""
+        if self._has_experience or not isinstance(self.agent, DQNAgent):
+            return
+        rank, num_processes = self.processes.rank, self.processes.num_processes
+        own = take_experience(self.agent, self.config.agent.experience, rank=rank, num_processes=num_processes)
+        for shares in zip(*self.processes.gather([vars(taken) for taken in own]), strict=True):
+            transitions = sum(share["num_taken"] for share in shares)
+            first = shares[0]
+            row = {"path": str(first["path"]), "stored": first["num_stored"], "transitions": transitions}
+            self.recorder.row({"kind": "experience", **row})
+        self._has_experience = True
+
+    def _pretrain(self) -> None:
+        """The updates on stored experience that come before the first decision; with checkpoints in between."""
+        total = self.config.agent.pretrain_updates
+        if self.num_pretrained >= total or not isinstance(self.agent, DQNAgent):
+            return
+        part = -(-total // PRETRAINING_PARTS)
+        updates = self.agent.learn_from_log(total - self.num_pretrained)
+        while self.num_pretrained < total:
+            with self.processes.inseparable():
+                self._learner_metrics = next(updates)
+            self.num_pretrained += 1
+            if self.num_pretrained % UPDATES_BETWEEN_MEETINGS == 0:
+                self.processes.exchange()
+                self.recorder.status.pretraining(self.num_pretrained, total, self._learner_metrics["loss"])
+            if self.num_pretrained % part == 0 or self.num_pretrained == total:
+                self._record_pretraining()
+                self._num_pretraining_checkpoints += 1
+                self.checkpoint()
+        self.recorder.status.pretraining(total, total, self._learner_metrics["loss"])
+
+    def _record_pretraining(self) -> None:
+        row = {"kind": "pretraining", "learner_steps": self.agent.learner_steps, "learner": dict(self._learner_metrics)}
+        self.recorder.row(row)
+        self.recorder.chart(loss_charts(self._learner_metrics), self._chart_step)
+
+    # -- what is told ---------------------------------------------------------------------------------------------
+
+    @property
+    def _chart_step(self) -> int:
+        """Place on the tracker's axis, which must not run backwards: updates on stored experience, then decisions."""
+        return self.num_pretrained + self.decisions
+
+    def _facts(self, episode: Episode) -> dict[str, Any]:
+        process = {"process": self.processes.rank} if self.processes.num_processes > 1 else {}
+        return episode_facts(episode) | process
+
+    def _record_episode(self, facts: dict[str, Any]) -> None:
+        """Counts an episode and tells of it; notes what is due after it."""
+        self.num_episodes += 1
+        training = self.config.training
+        evaluation_period = training.evaluation_period_episodes
+        self._evaluation_due |= bool(evaluation_period) and self.num_episodes % evaluation_period == 0
+        self._checkpoint_due |= self.num_episodes % training.checkpoint_period_episodes == 0
+        progress = {
             "epsilon": self._epsilon(),
             "learner_steps": self.agent.learner_steps,
             "learner": dict(self._learner_metrics),
-            **facts,
         }
+        counted = {"episode": self.num_episodes, "decisions": self.decisions}
+        self.recorder.episode({**counted, **facts, **progress}, self._chart_step)
 
-    def _evaluate(self, tracker: Tracker, *, final: bool) -> dict[str, float]:
-        """Greedy episodes; for schedules beside holding on the same jobs."""
-        num_episodes, seed = self.config.training.evaluation_episodes, self.config.seed
-        env = self._evaluation_env
-        result = evaluate(
-            env,
-            lambda obs, mask: self.agent.act(obs, mask, explore=False),
-            seed=seed,
-            num_episodes=num_episodes,
-        )
-        values = dict(vars(result))
-        if (language := schedule_language(env)) is not None:
-            hold = language[0].hold
-            if self._hold_result is None:
-                self._hold_result = evaluate(
-                    env, lambda obs, mask: np.array([hold]), seed=seed, num_episodes=num_episodes
-                )
-            values["hold_score"] = self._hold_result.score
+    def _do_what_is_due(self) -> None:
+        # The evaluation uses the first process's model, so that it has to wait for the end of an episode there.
+        if self._evaluation_due and self._first_ready:
+            self._evaluation_due = False
+            if self.processes.rank == 0:
+                self.recorder.status.evaluation(self._evaluate(final=False)["score"])
+        if self._checkpoint_due and self._all_ready:
+            self._checkpoint_due = False
+            self.checkpoint()
+
+    def _evaluate(self, *, final: bool) -> dict[str, float]:
+        values = self._evaluator.evaluate()
         row = {"kind": "final_evaluation" if final else "evaluation", "episode": self.num_episodes}
-        self._metrics.write({**row, "decisions": self.collector.env_steps, **values})
-        tracker.log({f"evaluation/{k}": v for k, v in values.items()}, step=self.collector.env_steps)
+        self.recorder.row({**row, "decisions": self.decisions, **values})
+        self.recorder.chart({f"evaluation/{k}": v for k, v in values.items()}, self._chart_step)
         return values
 
-    def _finish(self, final: dict[str, float], tracker: Tracker) -> None:
-        folder = export_policy_folder(
-            TrainedAgent(self.config, self.env, self.agent, self.num_episodes, final), self.output / POLICY
-        )
-        picture = self.output / "learning_curve.png"
-        draw_learning_curve(read_jsonl(self.output / METRICS_FILE)).savefig(picture)
-        tracker.log_image("learning_curve", picture)
-        tracker.log_artifact("policy", "model", folder)
-        tracker.set_summary(final)
-        tracker.finish()
-        self._metrics.close()
+    def _finish(self) -> dict[str, float]:
+        """Evaluates, writes the policy and closes the records in the first process; the same result in all."""
+        self._check_equal()
+        final: dict[str, float] = {}
+        if self.processes.rank == 0:
+            final = self._evaluate(final=True)
+            trained = TrainedAgent(self.config, self.env, self.agent, self.num_episodes, final)
+            self.recorder.finish(export_policy_folder(trained, self.output / POLICY), final)
+        self.processes.exchange()
+        result: dict[str, float] = self.processes.gather(final)[0]
+        return result
+
+    def _check_equal(self) -> None:
+        """Makes sure that all processes hold the same network, and notes what it is."""
+        if self.processes.num_processes > 1 and isinstance(self.agent, DQNAgent):
+            digests = self.processes.gather(learner_digest(self.agent))
+            check_equal(digests)
+            self.recorder.row({"kind": "processes", "decisions": self.decisions, "digests": digests})
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def checkpoint(self) -> Path:
-        """Writes a checkpoint of the whole run."""
-        state = {
-            "num_episodes": self.num_episodes,
-            "metrics_offset": self._metrics.offset,
-            "collector": self.collector.state_dict(),
-            "learner_metrics": self._learner_metrics,
-            "hold_result": vars(self._hold_result) if self._hold_result else None,
-            "written": time.time(),
-        }
-        number = self.num_episodes
-        return save_checkpoint(
-            self.output / CHECKPOINTS, number, state, lambda folder: self.agent.save(folder / "agent")
+    def checkpoint(self) -> None:
+        """Writes a checkpoint of the whole run, of all processes."""
+        self._check_equal()
+        state = RunState(
+            num_episodes=self.num_episodes,
+            num_pretrained=self.num_pretrained,
+            num_pretraining_checkpoints=self._num_pretraining_checkpoints,
+            metrics_offset=self.recorder.offset,
+            collectors=self.processes.gather(self.collector.state_dict()),
+            learner_metrics=self._learner_metrics,
+            hold_result=self._evaluator.hold_state(),
+            written=time.time(),
         )
+        number = self.num_episodes + self._num_pretraining_checkpoints
+        save_run(self.output / CHECKPOINTS, number, state, self.agent, self.processes)
 
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint; without one the run begins anew."""
-        found = latest_checkpoint(self.output / CHECKPOINTS)
-        if found is None:
-            self._metrics.truncate_to(0)
+        state = load_run(self.output / CHECKPOINTS, self.agent, self.collector, self.processes)
+        if state is None:
+            self.recorder.truncate_to(0)
             return
-        path, state = found
-        self.agent.load(path / "agent")
-        self.num_episodes = state["num_episodes"]
-        self._learner_metrics = state["learner_metrics"]
-        self._hold_result = EvaluationResult(**state["hold_result"]) if state["hold_result"] else None
-        self.collector.load_state_dict(state["collector"])
-        self._metrics.truncate_to(state["metrics_offset"])
+        self._has_experience = True
+        self.num_episodes = state.num_episodes
+        self.num_pretrained = state.num_pretrained
+        self._num_pretraining_checkpoints = state.num_pretraining_checkpoints
+        self.decisions = sum(int(collector["env_steps"]) for collector in state.collectors)
+        self._learner_metrics = state.learner_metrics
+        self._evaluator.load_hold_state(state.hold_result)
+        self.recorder.truncate_to(state.metrics_offset)
+        before, now = len(state.collectors), self.processes.num_processes
+        if before != now:
+            self.recorder.row({"kind": "resumed", "processes_before": before, "processes": now})
+            text = f"the checkpoint is of {before} process(es), now there are {now}: experience divided, episodes new"
+            print_message("resumed", text, style="yellow")
+
+
+def _own_devices(config: EnvConfig) -> EnvConfig:
+    """The environment of this process, on its own GPU where several have one each."""
+    if config.id != FINE_TUNING_ID:
+        return config
+    return config.model_copy(update={"device": process_device(config.device)})

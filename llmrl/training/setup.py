@@ -20,6 +20,8 @@ from llmrl.config import FINE_TUNING_ID, NOISY_QUADRATIC_ID, EnvConfig, TrainCon
 from llmrl.dqn.agent import Agent, DQNAgent
 from llmrl.dqn.reinforce import ReinforceAgent
 from llmrl.dqn.tabular import TabularAgent
+from llmrl.training.processes import OneProcess, Processes
+from llmrl.training.sharing import connect, process_settings
 
 Environment = gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -85,8 +87,18 @@ def make_fine_tuning(config: EnvConfig, library: JobLibrary | None) -> FineTunin
     return FineTuningEnv(config.tasks, device=config.device, library=library, **schedule_arguments(config))
 
 
-def make_agent(config: TrainConfig, env: Environment) -> Agent:
-    """The agent of a configuration, for an environment."""
+def make_agent(config: TrainConfig, env: Environment, processes: Processes | None = None) -> Agent:
+    """The agent of a configuration, for an environment.
+
+    Args:
+        config: The configuration.
+        env: The environment.
+        processes: Those that learn together; not given: this one alone.
+
+    Raises:
+        UserError: The environment's spaces or the number of processes are not for this agent.
+    """
+    processes = processes or OneProcess()
     space = env.single_observation_space if isinstance(env, VectorEnv) else env.observation_space
     actions = env.single_action_space if isinstance(env, VectorEnv) else env.action_space
     if not isinstance(space, gymnasium.spaces.Box) or not isinstance(actions, gymnasium.spaces.Discrete):
@@ -101,6 +113,13 @@ def make_agent(config: TrainConfig, env: Environment) -> Agent:
         "num_actions": int(actions.n),
     }
     settings = config.agent.dqn(config.seed)
+    if config.agent.name != "dqn" and processes.num_processes > 1:
+        raise UserError(
+            f"{config.agent.name} learns in one process",
+            expected="dqn, or llmrl train without a launcher",
+            got=f"{processes.num_processes} processes",
+            where="agent.name",
+        )
     if config.agent.name == "tabular":
         return TabularAgent(settings, **shapes)
     if config.agent.name == "reinforce":
@@ -108,7 +127,12 @@ def make_agent(config: TrainConfig, env: Environment) -> Agent:
     dtype = np.uint8 if space.dtype == np.uint8 else np.float32
     language = schedule_language(env)
     metadata = {"actions": language[0].hash, "observation": language[1].hash} if language else None
-    return DQNAgent(settings, **shapes, obs_dtype=dtype, metadata=metadata)
+    if processes.num_processes == 1:
+        return DQNAgent(settings, **shapes, obs_dtype=dtype, metadata=metadata)
+    own = process_settings(settings, processes.rank, processes.num_processes)
+    agent = DQNAgent(own, **shapes, obs_dtype=dtype, metadata=metadata, rank=processes.rank)
+    connect(agent, settings.batch_size, processes)
+    return agent
 
 
 def schedule_language(env: Environment) -> tuple[ActionTable, ObservationSpec, ScheduleSettings] | None:

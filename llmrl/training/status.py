@@ -19,14 +19,16 @@ class TrainingStatus:
     Args:
         total_decisions: Where the bar ends.
         is_schedule: The environment's score compares with a linear decay (1 is as good).
+        enabled: Show anything at all.
     """
 
-    def __init__(self, total_decisions: int, *, is_schedule: bool) -> None:
+    def __init__(self, total_decisions: int, *, is_schedule: bool, enabled: bool = True) -> None:
         columns = ["ep {task.fields[episodes]}", "ret {task.fields[mean_return]}"]
         if is_schedule:
             columns += ["score {task.fields[score]}", "greedy {task.fields[greedy]}"]
         columns += ["eps {task.fields[epsilon]}", "loss {task.fields[loss]}"]
-        self._progress = make_progress(*columns)
+        self._progress = make_progress(*columns, enabled=enabled)
+        self._total_decisions = total_decisions
         self._bar: TaskID = self._progress.add_task(
             "decisions",
             total=total_decisions,
@@ -42,8 +44,18 @@ class TrainingStatus:
 
     def update(self, decisions: int, epsilon: float, loss: float | None) -> None:
         """Moves the bar."""
-        shown = "-" if loss is None else f"{loss:.3g}"
-        self._progress.update(self._bar, completed=decisions, epsilon=f"{epsilon:.2f}", loss=shown)
+        self._progress.update(self._bar, completed=decisions, epsilon=f"{epsilon:.2f}", loss=_shown(loss))
+
+    def pretraining(self, num_updates: int, total_updates: int, loss: float | None) -> None:
+        """Shows updates on stored experience instead of decisions, until the last of them."""
+        going_on = num_updates < total_updates
+        self._progress.update(
+            self._bar,
+            description="updates from logs" if going_on else "decisions",
+            total=total_updates if going_on else self._total_decisions,
+            completed=num_updates if going_on else 0,
+            loss=_shown(loss),
+        )
 
     def episode(self, number: int, episode_return: float, score: float) -> None:
         """Notes a finished episode; shown are means over the latest ones."""
@@ -65,3 +77,7 @@ class TrainingStatus:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def _shown(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3g}"

@@ -156,7 +156,10 @@ def test_a_union_is_one_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("training.decisions=0", "at least 1"),
+        ("training.decisions=-1", "at least 0"),
+        ("agent={name: tabular, n_step: 5}", "tabular does not read agent.n_step"),
+        ("agent={name: reinforce, dueling: false, epsilon_end: 0.1}", "read agent.dueling, agent.epsilon_end"),
+        ("agent={name: reinforce, preset: nature}", "agent.preset"),
         ("training.decisions=1.5", "a whole number"),
         ("training=5", "a section (key: value)"),
         ("env.schedule=5", "a section (key: value)"),
@@ -237,3 +240,10 @@ def test_written_yaml_has_no_tags(tmp_path: Path) -> None:
     text = config_to_yaml(load_config("compare", write(tmp_path, COMPARE)))
     assert "!!" not in text
     assert yaml.safe_load(text)["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("agent", ["{name: tabular, epsilon_end: 0.1}", "{name: reinforce, batch_size: 64}"])
+def test_the_small_agents_take_what_they_read_also_from_a_file_with_every_default(tmp_path: Path, agent: str) -> None:
+    config = load_config("train", write(tmp_path, TRAIN), [f"agent={agent}"])
+    again = load_config("train", write(tmp_path, config_to_yaml(config)))
+    assert again == config

@@ -155,7 +155,7 @@ def test_a_full_disk_ends_with_a_message_and_keeps_the_last_checkpoint(
 def test_other_agents_train_too(tmp_path: Path, name: str) -> None:
     config = make_config(
         env={"id": "llmrl/GridWorld-v0"},
-        agent={"name": name, "hidden_sizes": [16]},
+        agent={"name": name},
         training={"decisions": 200, "evaluation_episodes": 2, "checkpoint_period_episodes": 5},
     )
     train(config=config, output=tmp_path / "run")
