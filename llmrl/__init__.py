@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmrl.controller import ScheduleController
+    from llmrl.hosts.trainer import ScheduleCallback
     from llmrl.policy import SchedulePolicy
 
 __version__ = "0.1.0"
-__all__ = ["ScheduleController", "SchedulePolicy", "__version__"]
+__all__ = ["ScheduleCallback", "ScheduleController", "SchedulePolicy", "__version__"]
 
-_HOMES = {"ScheduleController": "llmrl.controller", "SchedulePolicy": "llmrl.policy"}
+_HOMES = {
+    "ScheduleCallback": "llmrl.hosts.trainer",
+    "ScheduleController": "llmrl.controller",
+    "SchedulePolicy": "llmrl.policy",
+}
 
 
 def __getattr__(name: str) -> Any:

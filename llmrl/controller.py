@@ -1,163 +1,222 @@
-"""Steers one job with a policy: statistics become an observation, the observation an action, the action a schedule.
+"""Steers a job that you run yourself, in a loop of your own:
 
-The controller knows no host. Whoever runs the job asks it for learning rates and tells it what each interval measured:
+    controller = ScheduleController.from_pretrained("path | hub-id | default | hold")
+    controller.attach(model, optimizer, accelerator=accelerator, total_steps=1000)
+    for batch in batches:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                controller.before_step(loss)   # clips; do not clip yourself
+            optimizer.step()
+            if accelerator.sync_gradients:
+                controller.after_step()
+            optimizer.zero_grad()
 
-    controller = ScheduleController(policy, total_steps=1000, given_rate=1e-4)
-    controller.begin(statistics before the first step, update_norm, weight_norm)
-    while controller.decisions_left:
-        decision = controller.decide()          # host: roll back if decision.rollback
-        ... train controller.interval steps at controller.schedule.learning_rate(step) ...
-        update = controller.observe(statistics)  # host: keep a snapshot if update.at_best[0]
+There is no learning-rate scheduler beside it, and it is not passed through `accelerator.prepare`; it may be
+registered with `accelerator.register_for_checkpointing`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
-from llmrl_envs.interface.statistics import TrainingStatistics
-from llmrl_envs.interface.steering import Steering, SteeringUpdate
-from numpy.typing import NDArray
+from llmrl_envs.interface.schedule import ScheduleSettings
+from torch import Tensor, nn
 
+from llmrl.decisions import DecisionRecord
+from llmrl.live.capabilities import HostCapabilities
+from llmrl.live.job import JobOptions, LiveJob
+from llmrl.live.snapshots import SnapshotPlace
 from llmrl.policy import SchedulePolicy
 
-
-@dataclass(frozen=True)
-class Decision:
-    """One decision.
-
-    Attributes:
-        index: Its number, from 0.
-        step: Optimizer steps done when it was taken.
-        observation: float32[O].
-        q_values: float32[A]; NaN for a policy without values.
-        mask: bool[A], what was available.
-        action: The action carried out.
-        action_name: Its name.
-        rollback: The host must return to its best snapshot now.
-    """
-
-    index: int
-    step: int
-    observation: NDArray[np.float32]
-    q_values: NDArray[np.float32]
-    mask: NDArray[np.bool_]
-    action: int
-    action_name: str
-    rollback: bool
+_LONGEST_JOB_STEPS = 10**9
 
 
 class ScheduleController:
-    """Steers one job.
+    """A policy, and the job that it is attached to.
 
     Args:
-        policy: Chooses the actions.
-        total_steps: The job's budget in optimizer steps.
-        given_rate: The learning rate that the job came with.
-        settings: Schedule settings; None takes those that the policy was trained with.
-        capabilities: Update choices that the host can carry out.
-        agree: Makes the processes of a job agree on the first one's action; None for a single process.
-        guarded: Fall back to linear decay when the job loses too much.
-        intervals: Optimizer steps between decisions; None takes `decision_intervals(total_steps)`.
+        policy: Decides.
+        settings: Base schedule, warm-up and start of the level; None takes those that the policy was trained with.
+        guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much.
+        snapshots: Where the best state is kept for a rollback: "memory" (three times the trained weights, on their
+            device), "disk" (a safetensors file), "off", or "auto": in memory if the policy may roll back.
+        snapshot_folder: Where a snapshot on disk is put.
+        on_decision: Called with each decision and the interval that followed it, on every process;
+            `DecisionRecord.metrics()` is one flat row of numbers for a log.
     """
 
     def __init__(
         self,
         policy: SchedulePolicy,
         *,
-        total_steps: int,
-        given_rate: float,
         settings: ScheduleSettings | None = None,
-        capabilities: frozenset[UpdateChoice] = frozenset(UpdateChoice),
-        agree: Callable[[int], int] | None = None,
         guarded: bool = True,
-        intervals: tuple[int, ...] | None = None,
+        snapshots: SnapshotPlace = "auto",
+        snapshot_folder: Path | str | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
     ) -> None:
+        if snapshots not in ("auto", "memory", "disk", "off"):
+            raise UserError(
+                "unknown place for snapshots",
+                expected="auto, memory, disk or off",
+                got=repr(snapshots),
+                where="snapshots",
+            )
+        if snapshots == "disk" and snapshot_folder is None:
+            raise UserError(
+                "a snapshot on disk needs a place", expected="a folder", got="nothing", where="snapshot_folder"
+            )
         self.policy = policy
-        self.intervals = decision_intervals(total_steps) if intervals is None else intervals
-        if sum(self.intervals) != total_steps or min(self.intervals) < 1:
-            raise ValueError(f"intervals: expected positive lengths that add up to {total_steps}, got {self.intervals}")
-        self.schedule = Schedule(
-            policy.table,
-            np.array([total_steps]),
-            np.array([given_rate]),
-            settings or policy.settings,
-            capabilities,
-        )
-        self.steering = Steering(policy.spec, self.schedule, guarded=guarded)
-        self._agree = agree
-        self._num_decisions = 0
-        self._observation: NDArray[np.float32] | None = None
+        self._settings = settings
+        self._guarded = guarded
+        self._snapshots = snapshots
+        self._folder = Path(snapshot_folder) if snapshot_folder is not None else None
+        self._on_decision = on_decision
+        self._job: LiveJob | None = None
+        self.records: list[DecisionRecord] = []
 
-    def begin(self, statistics: TrainingStatistics, update_norm: float, weight_norm: float) -> None:
-        """Starts the job.
-
-        Args:
-            statistics: Those before the first step.
-            update_norm: ||u|| as far as it is known.
-            weight_norm: ||theta||.
-        """
-        self._observation = self.steering.begin(statistics, np.array([update_norm]), np.array([weight_norm]))
-
-    @property
-    def interval(self) -> int:
-        """Optimizer steps of the interval that the latest decision opened."""
-        return self.intervals[self._num_decisions - 1]
-
-    @property
-    def decisions_left(self) -> int:
-        """Decisions still to take."""
-        return len(self.intervals) - self._num_decisions
-
-    def decide(self) -> Decision:
-        """Takes the next decision and changes the schedule.
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: Path | str,
+        *,
+        settings: ScheduleSettings | None = None,
+        guarded: bool = True,
+        snapshots: SnapshotPlace = "auto",
+        snapshot_folder: Path | str | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
+    ) -> ScheduleController:
+        """A controller for a policy by reference; see `SchedulePolicy.from_pretrained` for what may be given.
 
         Raises:
-            ValueError: `begin` was not called, or the budget is used up.
+            UserError: There is no such policy, or it is damaged.
         """
-        if self._observation is None or not self.decisions_left:
-            raise ValueError("decide: expected a job that has begun and has decisions left, got neither")
-        mask = self.schedule.mask()
-        choice = self.policy.act(self._observation, mask)
-        action = int(choice.actions[0])
-        if self._agree is not None:
-            action = self._agree(action)
-        carried_out, rollback = self.steering.apply(np.array([action]))
-        index = self._num_decisions
-        self._num_decisions += 1
-        return Decision(
-            index=index,
-            step=int(self.schedule.step[0]),
-            observation=self._observation[0],
-            q_values=choice.q_values[0],
-            mask=mask[0],
-            action=int(carried_out[0]),
-            action_name=self.policy.table.names[int(carried_out[0])],
-            rollback=bool(rollback[0]),
+        return cls(
+            SchedulePolicy.from_pretrained(reference, where="policy"),
+            settings=settings,
+            guarded=guarded,
+            snapshots=snapshots,
+            snapshot_folder=snapshot_folder,
+            on_decision=on_decision,
         )
 
-    def observe(self, statistics: TrainingStatistics) -> SteeringUpdate:
-        """Takes in what the interval measured."""
-        update = self.steering.observe(statistics)
-        self._observation = update.observation
-        return update
+    # -- the job --------------------------------------------------------------------------------------------------
 
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of the optimizer step with index `step`."""
-        return float(self.schedule.learning_rate(np.array([step]))[0])
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        accelerator: Any = None,
+        *,
+        total_steps: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        first_step: int = 0,
+        base_rates: tuple[float, ...] | None = None,
+    ) -> HostCapabilities:
+        """Takes a job in hand, before its first step; a job that was taken in hand before is let go.
 
-    def state_dict(self) -> dict[str, NDArray[np.generic]]:
-        """Everything that changes, as arrays."""
-        own: dict[str, NDArray[np.generic]] = {"num_decisions": np.array([self._num_decisions])}
-        if self._observation is not None:
-            own["observation"] = self._observation.copy()
-        return own | self.steering.state_dict()
+        Args:
+            model: As it is trained, after `accelerator.prepare`.
+            optimizer: Likewise.
+            accelerator: The job's accelerator; needed for mixed precision with a loss scale, and for DeepSpeed.
+            total_steps: The job's length in optimizer steps.
+            max_grad_norm: Norm that `before_step` clips to; None or 0 does not clip.
+            first_step: Optimizer steps that the job has done already, without being steered.
+            base_rates: The parameter groups' own rates, whose ratios are kept; None reads them from the optimizer.
 
-    def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        """Restores what `state_dict` gave."""
-        self._num_decisions = int(np.asarray(state["num_decisions"])[0])
-        self._observation = np.array(state["observation"], np.float32) if "observation" in state else None
-        self.steering.load_state_dict(state)
+        Returns:
+            What the host allows.
+
+        Raises:
+            UserError: The job cannot be steered, or its length is not known.
+        """
+        limit = math.inf if not max_grad_norm else float(max_grad_norm)
+        keeps = self._snapshots in ("memory", "disk") or (self._snapshots == "auto" and self._may_roll_back())
+        on_disk = self._folder / "llmrl-snapshot" if self._snapshots == "disk" and self._folder else None
+        options = JobOptions(
+            total_steps=known_length(total_steps, "attach(total_steps=...)"),
+            first_step=first_step,
+            max_grad_norm=limit,
+            base_rates=base_rates,
+            settings=self._settings,
+            guarded=self._guarded,
+            snapshots=keeps,
+            snapshot_path=on_disk,
+        )
+        self.records = []
+        self._job = LiveJob(self.policy, model, optimizer, options, accelerator=accelerator, on_record=self._note)
+        self._job.set_rates()
+        return self._job.capabilities
+
+    def before_step(self, loss: Tensor | float) -> None:
+        """Call when the gradients of an optimizer step are ready: clips and measures them.
+
+        A step whose loss or gradient is not finite will do nothing.
+
+        Args:
+            loss: The step's mean loss on this process, nats per target; of accumulated batches the last one's, or
+                better their mean.
+        """
+        job = self.job
+        job.before_step(loss, job.clip())
+
+    def after_step(self) -> None:
+        """Call when the optimizer has stepped; the next step's rates then stand in the optimizer."""
+        self.job.after_step()
+
+    @property
+    def job(self) -> LiveJob:
+        """The job in hand.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._job is None:
+            raise ValueError("controller: expected attach(model, optimizer, ...) to have been called, got no job")
+        return self._job
+
+    def _may_roll_back(self) -> bool:
+        choices = {action.choice for action in self.policy.table.actions}
+        return self.policy.network is not None and UpdateChoice.ROLLBACK in choices
+
+    def _note(self, record: DecisionRecord) -> None:
+        self.records.append(record)
+        if self._on_decision is not None:
+            self._on_decision(record)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the job to go on as if it had not stopped: tensors and plain values."""
+        return self.job.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; call after `attach`, and after the optimizer's state was loaded.
+
+        Raises:
+            UserError: It is the state of a job of another length, or under another policy.
+        """
+        self.job.load_state_dict(state)
+
+
+def known_length(total_steps: int | None, where: str) -> int:
+    """A job's length in optimizer steps, checked.
+
+    Raises:
+        UserError: It is not known; a schedule needs to know where it ends.
+    """
+    if isinstance(total_steps, int) and 1 <= total_steps <= _LONGEST_JOB_STEPS:
+        return total_steps
+    raise UserError(
+        "the job's length is not known, and a schedule needs to know where it ends",
+        where=where,
+        expected="the number of optimizer steps",
+        got=total_steps,
+    )

@@ -19,8 +19,9 @@ from llmrl_envs.jobs.models import save_model
 
 from llmrl.config import FinetuneConfig
 from llmrl.config_loading import config_to_yaml
+from llmrl.decisions import DecisionRecord
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
-from llmrl.hosts.job import DecisionRecord, JobResult, named_schedule, run_job
+from llmrl.hosts.job import JobResult, named_schedule, run_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
 from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory

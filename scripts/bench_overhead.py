@@ -31,7 +31,7 @@ from llmrl_envs.jobs.reference import given_rate_schedule
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
-from llmrl.controller import ScheduleController
+from llmrl.decisions import DecisionLoop
 from llmrl.policy import hold_policy
 
 PERIOD_STEPS = 10
@@ -63,7 +63,7 @@ class SteeredLoop:
         self.session = FineTuningSession(job, seed=0)
         steps = job.task.steps
         intervals = (PERIOD_STEPS,) * (steps // PERIOD_STEPS)
-        self.controller = ScheduleController(
+        self.controller = DecisionLoop(
             hold_policy(), total_steps=steps, given_rate=job.task.learning_rate, intervals=intervals
         )
         self.controller.begin(self.session.initial_statistics(), *self.session.initial_norms())

@@ -6,42 +6,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import BASE_NAMES, BaseName, ScheduleSettings
-from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.session import Evaluation, FineTuningSession
 
-from llmrl.controller import Decision, ScheduleController
+from llmrl.decisions import DecisionLoop, DecisionRecord, interval_record
 from llmrl.hosts.accelerate import AcceleratorContext
 from llmrl.policy import SchedulePolicy
-
-
-@dataclass(frozen=True)
-class DecisionRecord:
-    """One decision and the interval that followed it.
-
-    Attributes:
-        decision: What was decided, on what.
-        step: Optimizer steps done at the interval's end.
-        learning_rate: Rate of the interval's last step.
-        train_loss: Mean over the interval, nats per target; NaN where no step was taken.
-        validation_loss: At the interval's end; NaN where it was not measured.
-        events: Guard events: rollback, fallback, skipped steps.
-    """
-
-    decision: Decision
-    step: int
-    learning_rate: float
-    train_loss: float
-    validation_loss: float
-    events: dict[str, Any]
 
 
 @dataclass
@@ -117,7 +93,7 @@ def run_job(
     session = FineTuningSession(job, seed=seed, parallel=context)
     result_initial = session.evaluate("test")
     began = time.perf_counter()
-    controller = ScheduleController(
+    loop = DecisionLoop(
         policy,
         total_steps=session.total_steps,
         given_rate=learning_rate,
@@ -126,11 +102,11 @@ def run_job(
         agree=context.agree if isinstance(context, AcceleratorContext) else None,
         guarded=guarded,
     )
-    controller.begin(session.initial_statistics(), *session.initial_norms())
+    loop.begin(session.initial_statistics(), *session.initial_norms())
     records: list[DecisionRecord] = []
     tokens_evaluated = 0
-    while controller.decisions_left:
-        record, tokens = _run_decision(session, controller, validate=validate)
+    while loop.decisions_left:
+        record, tokens = _run_decision(session, loop, validate=validate)
         tokens_evaluated += tokens
         records.append(record)
         if on_decision is not None:
@@ -140,40 +116,28 @@ def run_job(
     return JobResult(result_initial, final, records, seconds, session.tokens_trained, tokens_evaluated)
 
 
-def _run_decision(
-    session: FineTuningSession, controller: ScheduleController, *, validate: bool
-) -> tuple[DecisionRecord, int]:
+def _run_decision(session: FineTuningSession, loop: DecisionLoop, *, validate: bool) -> tuple[DecisionRecord, int]:
     """One decision and its interval; returns the record and the tokens that evaluation took."""
-    decision = controller.decide()
+    decision = loop.decide()
     if decision.rollback:
         session.roll_back()
-    statistics = session.run_interval(controller.interval, controller.schedule)
-    rate = controller.learning_rate(session.step - 1)
-    update = controller.observe(statistics)
+    statistics = session.run_interval(loop.interval, loop.schedule)
+    rate = loop.learning_rate(session.step - 1)
+    update = loop.observe(statistics)
     if update.at_best[0]:
         session.mark_best()
-        controller.schedule.has_snapshot[:] = True
+        loop.schedule.has_snapshot[:] = True
+    rescued = bool(update.fell_back[0] and loop.schedule.has_snapshot[0])
+    if rescued:
+        session.roll_back()
     validation = session.evaluate("validation") if validate else None
-    events: dict[str, Any] = {}
-    if decision.rollback:
-        events["rollback"] = True
-    if update.fell_back[0]:
-        events["fallback"] = True
-    if skipped := int(statistics.skipped.sum()):
-        events["skipped_steps"] = skipped
-    record = DecisionRecord(
-        decision=decision,
-        step=session.step,
+    record = interval_record(
+        loop,
+        decision,
+        statistics,
+        update,
         learning_rate=rate,
-        train_loss=mean_loss(statistics),
         validation_loss=validation.loss if validation else math.nan,
-        events=events,
+        rescued=rescued,
     )
     return record, validation.num_tokens if validation else 0
-
-
-def mean_loss(statistics: TrainingStatistics) -> float:
-    """Mean of an interval's finite train losses, nats per target; NaN where there is none."""
-    losses = statistics.loss[0]
-    finite = losses[np.isfinite(losses)]
-    return float(finite.mean()) if len(finite) else math.nan

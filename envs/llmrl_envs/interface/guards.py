@@ -13,14 +13,17 @@ from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 PATIENCE_DECISIONS = 3
 LOST_SHARE = 0.3
 NOISE_MULTIPLE = 3.0
+SPIKE_MULTIPLE = 6.0
+"""A step's loss this many standard deviations of the step-to-step noise above its average is a spike."""
 
 
 class FallBehindGuard:
     """Tells when a job has lost too much of what it had gained, several decisions in a row.
 
     A job is behind its envelope when its smoothed train loss stands above the best it had by more than the larger of
-    30 % of the gain so far and three standard deviations of the step-to-step noise. After three such decisions in a
-    row the policy has failed here, and the schedule falls back to a linear decay.
+    30 % of the gain so far and three standard deviations of the step-to-step noise, or when no step of an interval had
+    a finite loss and gradient. After three such decisions in a row the policy has failed here, and the schedule falls
+    back to a linear decay.
 
     Args:
         num_lanes: Number of jobs, E.
@@ -37,20 +40,25 @@ class FallBehindGuard:
         self.best[lanes] = np.inf
         self.decisions_behind[lanes] = 0
 
-    def update(self, losses: LossTracker) -> tuple[Booleans, Booleans]:
+    def update(self, losses: LossTracker, stuck: Booleans | None = None) -> tuple[Booleans, Booleans]:
         """Takes in the state after an interval.
+
+        Args:
+            losses: The tracker, after the interval.
+            stuck: bool[E], lanes that skipped every step of the interval: the tracker knows nothing new of them.
 
         Returns:
             The lanes that are now at their best, bool[E], and those that must fall back, bool[E].
         """
         smoothed = losses.smoothed()
         known = np.isfinite(smoothed)
+        lost = np.zeros_like(known) if stuck is None else np.asarray(stuck, np.bool_)
         self.first = np.where(known & np.isnan(self.first), smoothed, self.first)
-        at_best = known & (smoothed <= self.best)
+        at_best = known & ~lost & (smoothed <= self.best)
         self.best = np.where(at_best, smoothed, self.best)
         gain = np.where(known, self.first - self.best, 0.0)
         tolerance = np.maximum(LOST_SHARE * gain, NOISE_MULTIPLE * losses.noise() * np.where(known, self.best, 1.0))
-        behind = known & (smoothed - np.where(known, self.best, 0.0) > tolerance)
+        behind = lost | (known & (smoothed - np.where(known, self.best, 0.0) > tolerance))
         self.decisions_behind = np.where(behind, self.decisions_behind + 1, 0)
         return np.asarray(at_best), np.asarray(self.decisions_behind >= PATIENCE_DECISIONS)
 

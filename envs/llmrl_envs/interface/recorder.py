@@ -8,7 +8,6 @@ last step only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,26 +16,24 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llmrl_envs.interface.statistics import TrainingStatistics, TuningMode
+from llmrl_envs.interface.updates import (
+    DifferenceUpdates,
+    LowRankPair,
+    MomentUpdates,
+    UpdateMeasure,
+    UpdateSource,
+    full_tensor,
+    local_shard,
+    pair_update_square,
+    signal_to_noise,
+    square_sum,
+)
+
+__all__ = ["LowRankPair", "StatisticsRecorder"]
 
 _NUM_PROBES = 4
 _EPSILON = 1e-30
-
-
-@dataclass(frozen=True)
-class LowRankPair:
-    """One LoRA adapter: the weight changes by `scaling * b @ a`.
-
-    Attributes:
-        a: [r, in].
-        b: [out, r].
-        scaling: alpha / r.
-        weight_norm: Norm of the weight that the adapter adapts.
-    """
-
-    a: Parameter
-    b: Parameter
-    scaling: float
-    weight_norm: float
+_LOSS, _NORM, _SKIPPED = range(3)
 
 
 class StatisticsRecorder:
@@ -47,12 +44,15 @@ class StatisticsRecorder:
     `probe` is true.
 
     Args:
-        optimizer: AdamW, or any optimizer that keeps `exp_avg` and `exp_avg_sq`; with others the update is unknown.
+        optimizer: AdamW, or any optimizer that keeps `exp_avg` and `exp_avg_sq`; others need `source="difference"`.
         device: Where losses and parameters live.
         mode: What the job trains.
         trainable_fraction: Trained parameters over all parameters.
         capacity_steps: Longest interval.
         pairs: LoRA adapters whose effective weight change is measured; empty for plain parameters.
+        multipliers: Factor of each parameter group's rate on the common one; None: all one.
+        source: Where the update is read: from Adam's moments, or from the change of the weights.
+        sum_shards: Sums a tensor over the processes that hold shards of the parameters; None: nothing is sharded.
     """
 
     def __init__(
@@ -64,45 +64,77 @@ class StatisticsRecorder:
         trainable_fraction: float,
         capacity_steps: int,
         pairs: Sequence[LowRankPair] = (),
+        multipliers: Sequence[float] | None = None,
+        source: UpdateSource = "moments",
+        sum_shards: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._optimizer = optimizer
-        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._multipliers = tuple(multipliers) if multipliers is not None else (1.0,) * len(optimizer.param_groups)
         self._mode = mode
         self._trainable_fraction = trainable_fraction
         self._pairs = tuple(pairs)
         self._paired = {id(part) for pair in pairs for part in (pair.a, pair.b)}
-        self._steps = torch.zeros(capacity_steps, 2, device=device)
+        self._source = source
+        self._sum_shards = sum_shards
+        self._differences: DifferenceUpdates | None = None
+        self._steps = torch.zeros(capacity_steps, 3, device=device)
         self._probes = torch.full((_NUM_PROBES,), float("nan"), device=device)
         self._learning_rates: list[float] = []
         self._limits: list[float] = []
 
-    def before_update(self, active: Iterable[Parameter], *, probe: bool) -> None:
-        """Measures the gradient against the momentum of the step before."""
+    def before_update(self, active: Iterable[Parameter], *, probe: bool, learning_rate: float = 0.0) -> None:
+        """Measures the gradient against the momentum of the step before.
+
+        Args:
+            active: Parameters that the step changes.
+            probe: Whether this step is measured.
+            learning_rate: The step's common rate; needed where the update is the change of the weights.
+        """
         if not probe:
             return
+        active = list(active)
+        if self._source == "difference":
+            self._differences = DifferenceUpdates(active, learning_rate)
         with torch.no_grad():
-            dot, gradient, momentum = [], [], []
+            sums = []
             for parameter in active:
                 average = self._optimizer.state[parameter].get("exp_avg")
                 if parameter.grad is None or average is None:
                     continue
-                flat, mean = parameter.grad.detach().reshape(-1), average.reshape(-1)
-                dot.append(torch.dot(flat, mean))
-                gradient.append(torch.dot(flat, flat))
-                momentum.append(torch.dot(mean, mean))
-            if dot:
-                product = (torch.stack(gradient).sum() * torch.stack(momentum).sum()).sqrt()
-                self._probes[0] = torch.stack(dot).sum() / (product + _EPSILON)
+                flat, mean = local_shard(parameter.grad.detach()).reshape(-1), local_shard(average).reshape(-1)
+                flat = flat.to(mean.dtype)
+                sums.append(torch.stack([torch.dot(flat, mean), torch.dot(flat, flat), torch.dot(mean, mean)]))
+            if sums:
+                dot, gradient, momentum = self._summed(torch.stack(sums).sum(dim=0)).unbind()
+                self._probes[0] = dot / ((gradient * momentum).sqrt() + _EPSILON)
 
     def record_step(
-        self, loss: Tensor, gradient_norm: Tensor, *, learning_rate: float, max_gradient_norm: float
+        self,
+        loss: Tensor,
+        gradient_norm: Tensor | None,
+        *,
+        learning_rate: float,
+        max_gradient_norm: float,
     ) -> None:
-        """Notes one step's mean loss and its gradient norm before clipping, both scalars on the device."""
+        """Notes one step.
+
+        Args:
+            loss: Mean loss of the step, a scalar on the device.
+            gradient_norm: Global norm before clipping, a scalar on the device; None where the host does not tell.
+            learning_rate: The step's common rate.
+            max_gradient_norm: Norm that gradients are clipped to.
+        """
         position = len(self._learning_rates)
         if position >= len(self._steps):
             raise ValueError(f"interval: expected at most {len(self._steps)} steps, got one more")
-        self._steps[position, 0] = loss.detach()
-        self._steps[position, 1] = gradient_norm.detach()
+        finite = torch.isfinite(loss.detach())
+        self._steps[position, _LOSS] = loss.detach()
+        if gradient_norm is None:
+            self._steps[position, _NORM] = float("nan")
+        else:
+            self._steps[position, _NORM] = gradient_norm.detach()
+            finite = finite & torch.isfinite(gradient_norm.detach())
+        self._steps[position, _SKIPPED] = ~finite
         self._learning_rates.append(learning_rate)
         self._limits.append(max_gradient_norm)
 
@@ -110,20 +142,31 @@ class StatisticsRecorder:
         """Measures the optimizer's update at learning rate one, and the weights."""
         if not probe:
             return
-        with torch.no_grad():
-            plain = [p for p in active if p.grad is not None and id(p) not in self._paired]
-            pairs = [pair for pair in self._pairs if pair.a.grad is not None or pair.b.grad is not None]
-            moments = _MomentNorms(self._optimizer, self._groups)
-            updates = [moments.update_norm_square(p) for p in plain]
-            updates += [_pair_update_square(pair, moments) for pair in pairs]
-            if not updates:
-                return
-            weights = [torch.dot(p.detach().reshape(-1), p.detach().reshape(-1)) for p in plain]
-            weight_square = torch.stack(weights).sum() if weights else torch.zeros((), device=self._probes.device)
-            adapted_square = sum(pair.weight_norm**2 for pair in pairs)
-            self._probes[1] = torch.stack(updates).sum().sqrt()
-            self._probes[2] = (weight_square + adapted_square).sqrt()
-            self._probes[3] = moments.signal_to_noise()
+        moments = MomentUpdates(self._optimizer, self._multipliers)
+        measured = self._measure(list(active), self._differences or moments)
+        self._differences = None
+        if measured is not None:
+            self._probes[1:] = measured
+
+    @torch.no_grad()
+    def _measure(self, active: Sequence[Parameter], measure: UpdateMeasure) -> Tensor | None:
+        """||u||, ||theta|| and the signal-to-noise ratio, [3]; None where no parameter is active."""
+        held = {id(p) for p in active}
+        plain = [p for p in active if id(p) not in self._paired]
+        pairs = [pair for pair in self._pairs if id(pair.a) in held or id(pair.b) in held]
+        if not plain and not pairs:
+            return None
+        zero = torch.zeros((), device=self._probes.device)
+        update = torch.stack([zero, *(square_sum(measure.update(p)).float() for p in plain)]).sum()
+        weight = torch.stack([zero, *(square_sum(p).float() for p in plain)]).sum()
+        update, weight = self._summed(torch.stack([update, weight])).unbind()
+        update = update + sum(pair_update_square(pair, measure) for pair in pairs)
+        weight = weight + sum(pair.weight_norm**2 for pair in pairs)
+        moments = self._summed(measure.moment_sums().to(self._probes.device))
+        return torch.stack([update.sqrt(), weight.sqrt(), signal_to_noise(moments)])
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        return tensor if self._sum_shards is None else self._sum_shards(tensor)
 
     def collect(
         self,
@@ -144,9 +187,9 @@ class StatisticsRecorder:
         count = len(self._learning_rates)
         packed = torch.cat([self._steps[:count].reshape(-1), self._probes])
         host = (packed if reduce is None else reduce(packed)).double().cpu().numpy()
-        steps, probes = host[: 2 * count].reshape(count, 2), host[2 * count :]
-        loss, norm = steps[:, 0].copy(), steps[:, 1].copy()
-        finite = np.isfinite(loss) & np.isfinite(norm)
+        steps, probes = host[: 3 * count].reshape(count, 3), host[3 * count :]
+        loss, norm = steps[:, _LOSS].copy(), steps[:, _NORM].copy()
+        finite = (steps[:, _SKIPPED] == 0.0) & np.isfinite(loss)
         limits = np.array(self._limits)
         rates = np.array(self._learning_rates)
         cosine, update_norm, weight_norm, signal = (float(value) for value in probes[:4])
@@ -159,7 +202,7 @@ class StatisticsRecorder:
             num_steps=np.array([count], np.int64),
             loss=np.where(finite, loss, np.nan)[None],
             gradient_norm=np.where(finite, norm, np.nan)[None],
-            clipped=(finite & (norm > limits))[None],
+            clipped=(finite & np.isfinite(norm) & (norm > limits))[None],
             skipped=(~finite)[None],
             update_norm=np.array([update_norm]),
             weight_norm=np.array([weight_norm]),
@@ -179,62 +222,50 @@ class StatisticsRecorder:
         signs.
         """
         plain = [p for p in active if id(p) not in self._paired]
-        update = float(sum(p.numel() for p in plain))
-        weight = float(sum(float(p.detach().double().square().sum()) for p in plain))
+        factors = {
+            id(p): factor
+            for group, factor in zip(self._optimizer.param_groups, self._multipliers, strict=True)
+            for p in group["params"]
+        }
+        update = sum(local_shard(p).numel() * factors[id(p)] ** 2 for p in plain)
+        weight = sum(float(local_shard(p).detach().double().square().sum()) for p in plain)
+        sums = torch.tensor([update, weight], dtype=torch.float64)
+        update, weight = sums.tolist() if self._sum_shards is None else self._shard_sums(sums)
         for pair in self._pairs:
-            update += pair.scaling**2 * len(pair.b) * float(pair.a.detach().double().square().sum())
+            a = full_tensor(pair.a.detach()).double()
+            update += (pair.scaling * factors[id(pair.b)]) ** 2 * len(pair.b) * float(a.square().sum())
             weight += pair.weight_norm**2
         return update**0.5, weight**0.5
 
+    def _shard_sums(self, sums: Tensor) -> list[float]:
+        found: list[float] = self._summed(sums.float().to(self._probes.device)).tolist()
+        return found
 
-class _MomentNorms:
-    """Adam's bias-corrected moments of several parameters, summed up."""
+    def present_norms(self, active: Sequence[Parameter]) -> tuple[float, float]:
+        """||u|| and ||theta|| of a job whose optimizer has moments from earlier steps; NaN where it has none."""
+        measured = self._measure(active, MomentUpdates(self._optimizer, self._multipliers))
+        if measured is None:
+            return float("nan"), float("nan")
+        update, weight = measured[:2].tolist()
+        return float(update), float(weight)
 
-    def __init__(self, optimizer: torch.optim.Optimizer, groups: Mapping[int, Mapping[str, Any]]) -> None:
-        self._optimizer = optimizer
-        self._groups = groups
-        self._mean_squares: list[Tensor] = []
-        self._variances: list[Tensor] = []
+    def resize(self, capacity_steps: int) -> None:
+        """Makes room for intervals of another length, between two intervals."""
+        self._steps = torch.zeros(capacity_steps, 3, device=self._steps.device)
 
-    def update(self, parameter: Parameter) -> Tensor:
-        """Adam's update at learning rate one, `m_hat / (sqrt(v_hat) + eps)`, without weight decay."""
-        state, group = self._optimizer.state[parameter], self._groups[id(parameter)]
-        if "exp_avg" not in state or "exp_avg_sq" not in state:
-            return torch.full_like(parameter, float("nan"))
-        beta1, beta2 = group["betas"]
-        step = _step_count(state["step"])
-        correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
-        if isinstance(correction2, float) and correction2 == 0.0:  # every step so far was skipped
-            return torch.full_like(parameter, float("nan"))
-        mean, variance = state["exp_avg"], state["exp_avg_sq"]
-        flat = mean.reshape(-1)
-        self._mean_squares.append(torch.dot(flat, flat) / correction1**2)
-        self._variances.append(variance.sum() / correction2)
-        denominator = variance.sqrt().mul_(correction2**-0.5).add_(group["eps"])
-        return torch.div(mean, denominator.mul_(correction1))
+    def state_dict(self) -> dict[str, Any]:
+        """The steps of the interval so far, as tensors; a probe is taken and used within one step and not kept."""
+        count = len(self._learning_rates)
+        return {
+            "steps": self._steps[:count].cpu().clone(),
+            "learning_rates": torch.tensor(self._learning_rates, dtype=torch.float64),
+            "limits": torch.tensor(self._limits, dtype=torch.float64),
+        }
 
-    def update_norm_square(self, parameter: Parameter) -> Tensor:
-        """Squared norm of `update`."""
-        flat = self.update(parameter).reshape(-1)
-        return torch.dot(flat, flat)
-
-    def signal_to_noise(self) -> Tensor:
-        """||m_hat|| / sqrt(sum of v_hat), in [0, 1] up to the moments' different memories."""
-        if not self._variances:
-            return torch.tensor(float("nan"))
-        return (torch.stack(self._mean_squares).sum() / (torch.stack(self._variances).sum() + _EPSILON)).sqrt()
-
-
-def _step_count(step: Tensor | float) -> Tensor | float:
-    """Adam's count of steps: a number where reading it waits for nothing, else the tensor on its device."""
-    if isinstance(step, Tensor):
-        return float(step) if step.device.type == "cpu" else step.float()
-    return float(step)
-
-
-def _pair_update_square(pair: LowRankPair, moments: _MomentNorms) -> Tensor:
-    """Squared Frobenius norm of the first-order change `scaling * (u_b @ a + b @ u_a)`, by 2r x 2r products."""
-    left = torch.cat([moments.update(pair.b), pair.b.detach()], dim=1)  # [out, 2r]
-    right = torch.cat([pair.a.detach(), moments.update(pair.a)], dim=0)  # [2r, in]
-    square = ((left.T @ left) * (right @ right.T)).sum()
-    return pair.scaling**2 * square.clamp(min=0.0)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        steps = state["steps"]
+        self._steps[: len(steps)] = steps.to(self._steps.device)
+        self._learning_rates = state["learning_rates"].tolist()
+        self._limits = state["limits"].tolist()
+        self._probes.fill_(float("nan"))

@@ -35,7 +35,7 @@ class TrainingStatistics:
         total_steps: int64[E], optimizer steps in the job's budget.
         num_steps: int64[E], valid entries in each row of the per-step arrays.
         loss: float64[E, N], mean train cross-entropy of each step, nats per target, before the step.
-        gradient_norm: float64[E, N], global norm before clipping.
+        gradient_norm: float64[E, N], global norm before clipping; NaN where the host does not tell.
         clipped: bool[E, N], the gradient was scaled down.
         skipped: bool[E, N], the step was not taken because its loss or gradient was not finite.
         update_norm: float64[E], norm of the optimizer's update at learning rate one, at the interval's last step.
@@ -74,6 +74,11 @@ class TrainingStatistics:
         """bool[E, N], which per-step entries count."""
         positions: Integers = np.arange(self.loss.shape[1])
         return np.asarray(positions[None, :] < self.num_steps[:, None])
+
+    @property
+    def stuck(self) -> Booleans:
+        """bool[E], lanes that took steps in the interval and had to skip every one."""
+        return np.asarray((self.skipped | ~self.valid).all(axis=1) & (self.num_steps > 0))
 
 
 def empty_statistics(

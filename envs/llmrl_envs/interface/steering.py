@@ -82,7 +82,7 @@ class Steering:
         self.schedule.advance(statistics.step)
         self.schedule.observe_norms(statistics.update_norm, statistics.weight_norm)
         observation = self.encoder.encode(statistics, self.schedule)
-        at_best, behind = self.guard.update(self.encoder.losses)
+        at_best, behind = self.guard.update(self.encoder.losses, statistics.stuck)
         behind &= self._guarded
         fell_back = behind & ~self.schedule.fallen_back
         self.schedule.fall_back(behind)

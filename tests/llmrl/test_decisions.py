@@ -9,7 +9,7 @@ from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask, SampledTask
 
-from llmrl.controller import ScheduleController
+from llmrl.decisions import DecisionLoop
 from llmrl.policy import PolicyDecision, SchedulePolicy, hold_policy
 
 TASK = FineTuningTask.model_validate(
@@ -49,7 +49,7 @@ def test_a_job_and_the_environment_agree_number_by_number() -> None:
     assert terminated
 
     session = FineTuningSession(JobLibrary().job(TASK), seed=3)
-    controller = ScheduleController(Scripted(ACTIONS), total_steps=TASK.steps, given_rate=1e-5)
+    controller = DecisionLoop(Scripted(ACTIONS), total_steps=TASK.steps, given_rate=1e-5)
     controller.begin(session.initial_statistics(), *session.initial_norms())
     for index in range(len(ACTIONS)):
         decision = controller.decide()
@@ -66,7 +66,7 @@ def test_a_job_and_the_environment_agree_number_by_number() -> None:
 
 def test_a_restored_controller_decides_as_the_saved_one() -> None:
     session = FineTuningSession(JobLibrary().job(TASK), seed=0)
-    first, second = (ScheduleController(hold_policy(), total_steps=TASK.steps, given_rate=1e-5) for _ in range(2))
+    first, second = (DecisionLoop(hold_policy(), total_steps=TASK.steps, given_rate=1e-5) for _ in range(2))
     first.begin(session.initial_statistics(), *session.initial_norms())
     first.decide()
     first.observe(session.run_interval(first.interval, first.schedule))
@@ -78,9 +78,7 @@ def test_a_restored_controller_decides_as_the_saved_one() -> None:
 
 
 def test_the_first_process_decides_for_all() -> None:
-    controller = ScheduleController(
-        hold_policy(), total_steps=TASK.steps, given_rate=1e-5, agree=lambda action: action + 1
-    )
+    controller = DecisionLoop(hold_policy(), total_steps=TASK.steps, given_rate=1e-5, agree=lambda action: action + 1)
     session = FineTuningSession(JobLibrary().job(TASK), seed=0)
     controller.begin(session.initial_statistics(), *session.initial_norms())
     assert controller.decide().action_name == "one_up"
@@ -88,9 +86,9 @@ def test_the_first_process_decides_for_all() -> None:
 
 def test_deciding_before_the_job_began_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="has begun"):
-        ScheduleController(hold_policy(), total_steps=10, given_rate=1e-5).decide()
+        DecisionLoop(hold_policy(), total_steps=10, given_rate=1e-5).decide()
 
 
 def test_intervals_must_fill_the_budget() -> None:
     with pytest.raises(ValueError, match="add up to 10"):
-        ScheduleController(hold_policy(), total_steps=10, given_rate=1e-5, intervals=(4, 4))
+        DecisionLoop(hold_policy(), total_steps=10, given_rate=1e-5, intervals=(4, 4))

@@ -1,0 +1,325 @@
+"""One job that somebody else runs, under a policy: measured at every optimizer step, decided on at a few of them.
+
+The host calls `before_step` when the gradients of an optimizer step are ready and `after_step` when it was taken; the
+learning rate of the next step stands in the optimizer from then on. State is tensors and plain values alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llmrl_envs.errors import UserError
+from llmrl_envs.interface.recorder import StatisticsRecorder
+from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.statistics import empty_statistics
+from llmrl_envs.interface.updates import full_tensor
+from llmrl_envs.jobs.session import lower_half
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
+from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
+from llmrl.live.optimizers import RateSetter, check_optimizer, innermost, skip_unless
+from llmrl.live.parameters import find_parameters
+from llmrl.live.processes import Processes
+from llmrl.live.snapshots import Snapshot
+from llmrl.policy import SchedulePolicy
+
+_LOGGER = logging.getLogger("llmrl")
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a job is steered.
+
+    Attributes:
+        total_steps: Its budget in optimizer steps.
+        first_step: Steps that it has done already.
+        max_grad_norm: Norm that gradients are clipped to; infinity does not clip.
+        base_rates: The parameter groups' own rates; None reads them from the optimizer.
+        settings: Schedule settings; None takes the policy's.
+        guarded: Fall back to linear decay when the job loses too much.
+        snapshots: Whether and where the best state is kept.
+        snapshot_path: File of a snapshot on disk, without the rank and the suffix.
+    """
+
+    total_steps: int
+    first_step: int = 0
+    max_grad_norm: float = math.inf
+    base_rates: tuple[float, ...] | None = None
+    settings: ScheduleSettings | None = None
+    guarded: bool = True
+    snapshots: bool = False
+    snapshot_path: Path | None = None
+
+
+class LiveJob:
+    """A job under way in a host.
+
+    Args:
+        policy: Decides.
+        model: As it is trained, after it was prepared.
+        optimizer: As the host steps it.
+        options: How the job is steered.
+        accelerator: The host's accelerator, if it has one.
+        on_record: Called after each interval, on every process.
+
+    Raises:
+        UserError: The job cannot be steered.
+    """
+
+    def __init__(
+        self,
+        policy: SchedulePolicy,
+        model: nn.Module,
+        optimizer: Any,
+        options: JobOptions,
+        *,
+        accelerator: Any = None,
+        on_record: Callable[[DecisionRecord], None] | None = None,
+    ) -> None:
+        self._optimizer = innermost(optimizer)
+        self._accelerated = optimizer
+        self._accelerator = accelerator
+        self._options = options
+        self._on_record = on_record
+        source = check_optimizer(self._optimizer)
+        self._rates = RateSetter(self._optimizer, options.base_rates)
+        device = next(model.parameters()).device
+        self._processes = Processes(device)
+        distribution = find_distribution(model, accelerator, self._processes.world_size)
+        found = find_parameters(model, self._optimizer, distribution)
+        self._parameters = found.by_name
+        self._lower_half = frozenset(lower_half(tuple(found.by_name)))
+        self.capabilities: HostCapabilities = find_capabilities(
+            distribution,
+            model,
+            has_layers=bool(self._lower_half),
+            max_grad_norm=options.max_grad_norm,
+            keeps_snapshots=options.snapshots,
+        )
+        self.loop = DecisionLoop(
+            policy,
+            total_steps=options.total_steps,
+            given_rate=self._rates.given_rate,
+            settings=options.settings,
+            capabilities=self.capabilities.choices,
+            agree=self._processes.agree,
+            guarded=options.guarded,
+            first_step=options.first_step,
+        )
+        sharded = distribution in (Distribution.FSDP2, Distribution.DEEPSPEED)
+        self._recorder = StatisticsRecorder(
+            self._optimizer,
+            device=device,
+            mode=found.mode,
+            trainable_fraction=found.trainable_fraction,
+            capacity_steps=max(self.loop.intervals),
+            pairs=found.pairs,
+            multipliers=self._rates.multipliers,
+            source=source,
+            sum_shards=self._processes.sum if sharded else None,
+        )
+        path = options.snapshot_path
+        self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))
+        self.step = options.first_step
+        self._done = 0
+        self._active: list[Parameter] = []
+        self._decision: Decision
+        self._begin(int(found.mode), found.trainable_fraction)
+        if self._processes.rank == 0:
+            level = logging.INFO if policy.network is None else logging.WARNING
+            _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
+
+    def _begin(self, mode: int, trainable_fraction: float) -> None:
+        statistics = empty_statistics(
+            np.array([self._options.total_steps]), np.array([mode]), np.array([trainable_fraction])
+        )
+        statistics = replace(statistics, step=np.array([self.step], np.int64))
+        parameters = tuple(self._parameters.values())
+        norms = self._recorder.present_norms(parameters)
+        if not (math.isfinite(norms[0]) and norms[0] > 0.0):
+            norms = self._recorder.initial_norms(parameters)
+        self.loop.begin(statistics, *norms)
+        self._decide()
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """The budget is used up."""
+        return self.step >= self._options.total_steps
+
+    @property
+    def clipping_norm(self) -> float:
+        """Norm that the next step's gradients are clipped to."""
+        return self._options.max_grad_norm * float(self.loop.schedule.clipping_factor()[0])
+
+    def rates(self) -> list[float]:
+        """The groups' rates of the next step."""
+        return self._rates.rates(self._rate())
+
+    def set_rates(self) -> None:
+        """Writes the next step's rates into the optimizer."""
+        self._rates.set(self._rate())
+
+    def freeze(self) -> None:
+        """Drops the gradients of what is frozen, so that its weights and moments stand still."""
+        if bool(self.loop.schedule.frozen[0]):
+            for name in self._lower_half:
+                self._parameters[name].grad = None
+
+    def clip(self) -> Tensor:
+        """Takes out the loss scale, clips what is not frozen, and returns the norm before clipping."""
+        if self._accelerator is not None:
+            self._accelerator.unscale_gradients(self._accelerated)
+        self.freeze()
+        active = [p for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(active, self.clipping_norm)
+        return full_tensor(norm)
+
+    def before_step(self, loss: Tensor | float, gradient_norm: Tensor | float | None) -> None:
+        """Measures a step whose gradients are ready, and makes it do nothing where it is not finite.
+
+        Args:
+            loss: The step's mean loss on this process.
+            gradient_norm: Global norm before clipping; None where the host does not tell.
+        """
+        if self.finished:
+            return
+        loss = self._processes.mean(self._scalar(loss))
+        norm = None if gradient_norm is None else self._scalar(gradient_norm)
+        late = self.capabilities.distribution is Distribution.DEEPSPEED
+        self._active = [p for p in self._parameters.values() if late or p.grad is not None]
+        probe, rate = self._done == self.loop.interval - 1, self._rate()
+        self._recorder.before_update(self._active, probe=probe, learning_rate=rate)
+        self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=self.clipping_norm)
+        if not late:
+            finite = torch.isfinite(loss) if norm is None else torch.isfinite(loss) & torch.isfinite(norm)
+            scaled = getattr(self._accelerator, "scaler", None) is not None
+            skip_unless(finite, self._optimizer, self._active, scaled=scaled)
+            self.set_rates()
+
+    def measure_update(self) -> None:
+        """Measures what the optimizer did; `after_step` does it where the host did not ask for it earlier."""
+        self._recorder.after_update(self._active, probe=bool(self._active) and self._done == self.loop.interval - 1)
+        self._active = []
+
+    def after_step(self) -> None:
+        """Counts a step that was taken; at an interval's end takes in what it measured and decides."""
+        if self.finished:
+            return
+        self.measure_update()
+        self.step += 1
+        self._done += 1
+        if self._done == self.loop.interval:
+            self._close_interval()
+        self.set_rates()
+
+    def _close_interval(self) -> None:
+        rate = self.loop.learning_rate(self.step - 1)
+        statistics = self._recorder.collect(
+            step=self.step, total_steps=self._options.total_steps, reduce=self._processes.mean
+        )
+        update = self.loop.observe(statistics)
+        if update.at_best[0] and self._options.snapshots:
+            self._snapshot.take(self._parameters, self._optimizer)
+            self.loop.schedule.has_snapshot[:] = True
+        rescued = bool(update.fell_back[0]) and self._snapshot.taken
+        if rescued:
+            self._snapshot.restore(self._parameters, self._optimizer)
+        record = interval_record(self.loop, self._decision, statistics, update, learning_rate=rate, rescued=rescued)
+        if self._on_record is not None:
+            self._on_record(record)
+        self._done = 0
+        if not self.finished:
+            self._decide()
+            if self._decision.rollback:
+                self._snapshot.restore(self._parameters, self._optimizer)
+
+    def _decide(self) -> None:
+        self._decision = self.loop.decide()
+
+    def _rate(self) -> float:
+        return 0.0 if self.finished else self.loop.learning_rate(self.step)
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        device = self._processes.device
+        if isinstance(value, Tensor):
+            return full_tensor(value.detach()).to(device, torch.float32).reshape(())
+        return torch.tensor(float(value), device=device)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the job's later decisions depend on, as tensors and plain values."""
+        decision = self._decision
+        state: dict[str, Any] = {
+            "step": self.step,
+            "done": self._done,
+            "total_steps": self._options.total_steps,
+            "intervals": list(self.loop.intervals),
+            "policy": self._policy_digest(),
+            "multipliers": list(self._rates.multipliers),
+            "loop": _to_tensors(self.loop.state_dict()),
+            "recorder": self._recorder.state_dict(),
+            "decision": {
+                "index": decision.index,
+                "step": decision.step,
+                "action": decision.action,
+                "action_name": decision.action_name,
+                "rollback": decision.rollback,
+                "arrays": _to_tensors({
+                    "observation": decision.observation, "q_values": decision.q_values, "mask": decision.mask,
+                }),
+            },
+        }  # fmt: skip
+        if self._snapshot.taken and self.capabilities.distribution is not Distribution.FSDP2:
+            state["snapshot"] = {name: tensor.cpu() for name, tensor in self._snapshot.tensors().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave, and sets the rates of the step that comes next.
+
+        Raises:
+            UserError: It is the state of a job of another length, or under another policy.
+        """
+        for name, mine in (("total_steps", self._options.total_steps), ("policy", self._policy_digest())):
+            if state[name] != mine:
+                raise UserError(
+                    "the checkpoint is of a job that was steered differently",
+                    where=f"the controller's state, {name}",
+                    expected=str(mine),
+                    got=state[name],
+                )
+        self.step, self._done = int(state["step"]), int(state["done"])
+        self.loop.intervals = tuple(state["intervals"])
+        self.loop.load_state_dict(_to_arrays(state["loop"]))
+        self._recorder.resize(max(self.loop.intervals))
+        self._recorder.load_state_dict(state["recorder"])
+        decision = state["decision"]
+        arrays = _to_arrays(decision["arrays"])
+        self._decision = Decision(**{k: v for k, v in decision.items() if k != "arrays"}, **arrays)
+        if "snapshot" in state and self._options.snapshots:
+            self._snapshot.put({name: t.to(self._processes.device) for name, t in state["snapshot"].items()})
+        self.loop.schedule.has_snapshot[:] = self._snapshot.taken
+        self.set_rates()
+
+    def _policy_digest(self) -> str:
+        policy = self.loop.policy
+        return f"{policy.name} {policy.table.hash} {policy.spec.hash}"
+
+
+def _to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def _to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}

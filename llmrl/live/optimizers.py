@@ -1,0 +1,130 @@
+"""The optimizer of somebody else's job: whether it can be steered, its groups' rates, and steps that are not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from llmrl_envs.errors import UserError
+from llmrl_envs.interface.updates import UpdateSource
+from torch import Tensor
+from torch.nn import Parameter
+
+_OWN_RATES = ("prodigy", "dadapt", "dadam", "schedulefree", "schedule_free")
+_SIGN_LIKE = ("lion", "adafactor")
+"""Optimizers without Adam's moments whose update at rate one is at most one in every coordinate."""
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> UpdateSource:
+    """How the optimizer's update is measured.
+
+    Args:
+        optimizer: The innermost one.
+
+    Raises:
+        UserError: It sets its own rates, or its update cannot be measured.
+    """
+    kind = type(optimizer)
+    name = kind.__name__.lower()
+    told = f"{kind.__module__}.{kind.__name__}"
+    if any(part in told.lower() for part in _OWN_RATES) or any(_is_schedule_free(g) for g in optimizer.param_groups):
+        raise UserError(
+            "the optimizer chooses its own learning rates, which a schedule would fight",
+            where="the optimizer",
+            expected="AdamW, Adam, Lion, or Adafactor without relative steps",
+            got=told,
+        )
+    if any(group.get("relative_step") for group in optimizer.param_groups):
+        raise UserError(
+            "Adafactor with relative steps chooses its own learning rates, which a schedule would fight",
+            where="the optimizer",
+            expected="Adafactor(..., relative_step=False, scale_parameter=False)",
+            got="relative_step=True",
+        )
+    if any(group.get("scale_parameter") for group in optimizer.param_groups):
+        raise UserError(
+            "Adafactor with scaled parameters does not take the rate that it is given",
+            where="the optimizer",
+            expected="Adafactor(..., relative_step=False, scale_parameter=False)",
+            got="scale_parameter=True",
+        )
+    if any(part in name for part in _SIGN_LIKE):
+        return "difference"
+    adam_like = all("betas" in group and "eps" in group for group in optimizer.param_groups)
+    if not adam_like or kind.__module__.startswith("bitsandbytes"):
+        raise UserError(
+            "levels are not defined for this optimizer: the size of its update is not known before it steps",
+            where="the optimizer",
+            expected="AdamW, Adam, Lion, or Adafactor without relative steps, with states that are not quantised",
+            got=told,
+        )
+    return "moments"
+
+
+def _is_schedule_free(group: dict[str, Any]) -> bool:
+    return "weight_lr_power" in group or "d_coef" in group
+
+
+class RateSetter:
+    """Writes a common rate into an optimizer's groups, keeping the ratio of their own rates.
+
+    Args:
+        optimizer: The innermost one.
+        base_rates: The groups' own rates; None reads them.
+
+    Raises:
+        UserError: No group has a positive rate.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, base_rates: Sequence[float] | None = None) -> None:
+        self._optimizer = optimizer
+        rates = [float(group["lr"]) for group in optimizer.param_groups] if base_rates is None else list(base_rates)
+        self.given_rate = max((rate for rate, g in zip(rates, optimizer.param_groups, strict=True) if g["params"]),
+                              default=0.0)  # fmt: skip
+        if not self.given_rate > 0.0:
+            raise UserError(
+                "no parameter group has a learning rate to steer",
+                where="the optimizer",
+                expected="a positive learning rate in at least one group with parameters",
+                got=rates,
+            )
+        self.multipliers = tuple(rate / self.given_rate for rate in rates)
+
+    def rates(self, rate: float) -> list[float]:
+        """What the groups get at a common rate."""
+        return [rate * multiplier for multiplier in self.multipliers]
+
+    def set(self, rate: float) -> None:
+        """Writes the rates."""
+        for group, value in zip(self._optimizer.param_groups, self.rates(rate), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+
+def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer, active: Sequence[Parameter], *, scaled: bool) -> None:
+    """Makes the next step of the optimizer do nothing where `finite`, a scalar on the device, is false.
+
+    With a fused optimizer the device decides and nothing waits for it; otherwise the gradients are dropped.
+
+    Args:
+        finite: Whether the step may be taken.
+        optimizer: The innermost one.
+        active: Parameters that have gradients.
+        scaled: A loss scaler takes the step, and sets its own flags.
+    """
+    if not scaled and all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+    elif not bool(finite):
+        for parameter in active:
+            parameter.grad = None

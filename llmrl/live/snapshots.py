@@ -1,0 +1,106 @@
+"""Where a rollback returns to: parameters and optimizer state, copied out, in memory or in a file.
+
+Random generators are not turned back: a rollback moves on in the data, and old dropout noise would come again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from llmrl_envs.interface.updates import local_shard
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+SnapshotPlace = Literal["auto", "memory", "disk", "off"]
+_SEPARATOR = "|"
+
+
+@torch.no_grad()
+def copy_state(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies parameters ("NAME") and their optimizer state ("NAME|KEY"), numbers as float64 scalars."""
+    copied: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        copied[name] = local_shard(parameter.detach()).clone()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                copied[name + _SEPARATOR + key] = local_shard(value.detach()).clone()
+            elif isinstance(value, (int, float)):
+                copied[name + _SEPARATOR + key] = torch.tensor(value, dtype=torch.float64)
+    return copied
+
+
+@torch.no_grad()
+def restore_state(
+    copied: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Copies back what `copy_state` gave; state that a parameter did not have then is dropped."""
+    for name, parameter in parameters.items():
+        local_shard(parameter.detach()).copy_(copied[name])
+        prefix = name + _SEPARATOR
+        saved = {key.removeprefix(prefix): value for key, value in copied.items() if key.startswith(prefix)}
+        if not saved:
+            optimizer.state.pop(parameter, None)
+            continue
+        state = optimizer.state[parameter]
+        for key, value in saved.items():
+            _put(state, key, value)
+
+
+def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
+    present = state.get(key)
+    if isinstance(present, Tensor):
+        local_shard(present).copy_(value)
+    elif isinstance(present, (int, float)):
+        state[key] = type(present)(value.item())
+    else:
+        state[key] = value.clone()
+
+
+class Snapshot:
+    """The best state of a job so far.
+
+    Args:
+        path: File that holds it; None keeps it in memory, on the device of the parameters.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._held: dict[str, Tensor] | None = None
+        self.taken = False
+
+    def take(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Keeps the present state in place of the one before."""
+        self.put(copy_state(parameters, optimizer))
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps a state that was read elsewhere."""
+        self.taken = True
+        if self._path is None:
+            self._held = dict(tensors)
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        partial.replace(self._path)
+
+    def restore(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Takes the job back to the kept state.
+
+        Raises:
+            ValueError: Nothing was kept.
+        """
+        restore_state(self.tensors(), parameters, optimizer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The kept state."""
+        if not self.taken:
+            raise ValueError("snapshot: expected one to have been taken, got none")
+        if self._held is not None:
+            return self._held
+        assert self._path is not None
+        loaded: dict[str, Tensor] = load_file(self._path)
+        return loaded
