@@ -28,7 +28,11 @@ WSD_DECAY_FRACTION = 0.2
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
 LORA_LEVEL_SCALE = 2.8
-"""Effective relative update of a LoRA job over that of full fine-tuning at the same level; see docs/log.md."""
+"""Effective relative update of a LoRA job over that of full fine-tuning at the same level; see docs/log.md.
+
+It was measured on the effective change of the weights, which is what a level refers to. A job that is asked to measure
+the adapters' own norms instead (`level_norm="adapters"`, kept for comparison) gets the same factor, and wants more.
+"""
 
 _SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
 

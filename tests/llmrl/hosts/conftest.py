@@ -1,5 +1,6 @@
 """Small jobs of the built-in model in a Trainer."""
 
+import numpy as np
 import pytest
 import torch
 from llmrl_envs.jobs.data import batch_indices
@@ -26,8 +27,6 @@ class Scripted(SchedulePolicy):
         self.seen = []
 
     def act(self, observation, mask):
-        import numpy as np
-
         index = len(self.seen)
         self.seen.append(observation[0].copy())
         name = self.actions[index] if index < len(self.actions) else "hold"
@@ -38,7 +37,8 @@ class Rows(Dataset):
     """The batches of a session's plan, one example after the other."""
 
     def __init__(self, task, split, seed=3):
-        order = [batch_indices(len(split), task.batch_size, seed, step) for step in range(task.steps)]
+        size = task.batch_size * task.gradient_accumulation
+        order = [batch_indices(len(split), size, seed, step) for step in range(task.steps)]
         self.rows = []
         for indices in order:
             batch = split.collate(indices)
@@ -56,6 +56,21 @@ class InOrder(Trainer):
 
     def _get_train_sampler(self, *arguments):
         return None
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    return Scripted
+
+
+@pytest.fixture(scope="session")
+def in_order():
+    return InOrder
+
+
+@pytest.fixture(scope="session")
+def task_settings():
+    return TASK
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +96,7 @@ def make_trainer(library, tmp_path):
             train_dataset=Rows(job.task, job.data.train),
             callbacks=callbacks,
             optimizers=optimizers,
-            **({"eval_dataset": torch.utils.data.Subset(Rows(job.task, job.data.validation), range(4))}),
+            eval_dataset=torch.utils.data.Subset(Rows(job.task, job.data.validation), range(4)),
         )
         made.job = job
         return made

@@ -63,3 +63,18 @@ def test_a_restored_guard_goes_on_counting(make_statistics):
     second.load_state_dict(first.state_dict())
     tracker.update(make_statistics([2.5] * 6))
     assert second.update(tracker)[1].tolist() == first.update(tracker)[1].tolist() == [True]
+
+
+def test_a_job_that_skips_every_step_must_fall_back_too(make_statistics):
+    """Its tracker knows nothing new, and the last loss that it knew may have been the best."""
+    tracker, guard = LossTracker(1), FallBehindGuard(1)
+    found = []
+    for level in (3.0, 2.0, np.nan, np.nan, np.nan):
+        statistics = make_statistics([level] * 4)
+        tracker.update(statistics)
+        found.append([bool(lanes[0]) for lanes in guard.update(tracker, statistics.stuck)])
+    assert found == [[True, False], [True, False], [False, False], [False, False], [False, True]]
+
+
+def test_one_finite_step_is_enough_not_to_be_stuck(make_statistics):
+    assert make_statistics([[np.nan, np.nan], [np.nan, 2.0]]).stuck.tolist() == [True, False]

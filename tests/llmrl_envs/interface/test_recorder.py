@@ -258,3 +258,66 @@ def test_measuring_leaves_weights_gradients_and_moments_alone():
         assert torch.equal(one.grad, other.grad)
         for name, value in measured.optimizer.state[one].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(blind.optimizer.state[other][name]))
+
+
+def test_a_host_that_tells_no_gradient_norm_skips_no_step():
+    """Neither the norm nor anything made of it is known; the step was taken."""
+    job = Job([(5,)])
+    for loss in (2.0, float("inf")):
+        job.recorder.record_step(torch.tensor(loss), None, learning_rate=1e-2, max_gradient_norm=1.0)
+    found = job.collect()
+    assert found.skipped.tolist() == [[False, True]]
+    assert not found.clipped.any()
+    assert np.isnan(found.gradient_norm).all()
+    assert found.loss[0, 0] == 2.0
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (10.0, 1.0), (0.0, 3.0)], ids=str)
+def test_groups_with_rates_of_their_own_add_up_to_the_change_of_the_weights(factors):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in ((4, 3), (7,))]
+    groups = [{"params": [p], "lr": 1e-3 * f} for p, f in zip(parameters, factors, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    recorder = StatisticsRecorder(
+        optimizer, device=torch.device("cpu"), mode=TuningMode.FULL, trainable_fraction=1.0, capacity_steps=4,
+        multipliers=factors,
+    )  # fmt: skip
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    before = flat(parameters)
+    recorder.record_step(torch.tensor(1.0), torch.tensor(1.0), learning_rate=1e-3, max_gradient_norm=1.0)
+    optimizer.step()
+    recorder.after_update(parameters, probe=True)
+    moved = (flat(parameters) - before).norm() / 1e-3
+    assert recorder.collect(step=1, total_steps=4).update_norm[0] == pytest.approx(float(moved), rel=1e-5)
+
+
+def test_the_change_of_the_weights_and_adams_moments_measure_the_same_update():
+    found = []
+    for source in ("moments", "difference"):
+        job = Job([(5, 4), (7,)], dtype=torch.float64)
+        job.recorder._source = source
+        for _ in range(3):
+            for p in job.parameters:
+                p.grad = job.random(p.shape)
+            job.recorder.before_update(job.parameters, probe=True, learning_rate=job.learning_rate)
+            job.recorder.record_step(
+                torch.tensor(1.0), torch.tensor(1.0), learning_rate=job.learning_rate, max_gradient_norm=1.0
+            )
+            job.optimizer.step()
+            job.recorder.after_update(job.parameters, probe=True)
+        found.append(job.collect())
+    assert found[0].update_norm[0] == pytest.approx(found[1].update_norm[0], rel=1e-4)
+    assert found[0].weight_norm[0] == pytest.approx(found[1].weight_norm[0], rel=1e-6)
+
+
+def test_a_restored_recorder_goes_on_within_the_interval():
+    whole, first, second = (Job([(5,)]) for _ in range(3))
+    whole.step(loss=1.0, probe=False)
+    first.step(loss=1.0, probe=False)
+    second.recorder.load_state_dict(first.recorder.state_dict())
+    for job in (whole, second):
+        job.recorder.record_step(torch.tensor(2.0), torch.tensor(3.0), learning_rate=1e-2, max_gradient_norm=1.0)
+    ours, theirs = second.collect(), whole.collect()
+    assert ours.loss.tolist() == theirs.loss.tolist() == [[1.0, 2.0]]
+    assert ours.gradient_norm.tolist() == theirs.gradient_norm.tolist()
