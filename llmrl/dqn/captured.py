@@ -1,6 +1,6 @@
 """The learner's update as one CUDA graph: a network of two layers of 128 is all launch overhead on a GPU.
 
-`step_without_branches` is the arithmetic of `Learner.backward` and `Learner.apply` with every decision made on the
+`step_without_branches` is the arithmetic of `Learner.differentiate` and `Learner.apply` with every decision made on the
 device; on the CPU it can be run as it is, and tests compare it with the plain one. `CapturedUpdate` records it once and
 replays it.
 """
@@ -29,7 +29,7 @@ def can_capture(learner: Learner) -> bool:
 
 def step_without_branches(learner: Learner, batch: TensorBatch) -> Measured:
     """One update; a gradient that is not finite leaves parameters and averages as they are, decided on the device."""
-    loss, priority, value, norm = learner.backward(batch)
+    loss, priority, value, norm = learner.differentiate(batch)
     parameters, config = learner.parameters, learner.config
     not_finite = (~torch.isfinite(norm)).to(norm.dtype)
     if config.max_grad_norm is not None:

@@ -94,7 +94,8 @@ class Learner:
         self.target_parameters = FlatParameters(self.target)
         self.target_parameters.values.copy_(self.parameters.values)
         self.optimizer = self._new_optimizer()
-        self._analytic = AnalyticGradient(config, self.online, self.target) if is_analytic(config) else None
+        analytic = is_analytic(config) and self.device.type == "cpu"
+        self._analytic = AnalyticGradient(config, self.online, self.target) if analytic else None
         self._captured: CapturedUpdate | None = None
         self.learner_steps = 0
         self.num_skipped = 0
@@ -141,36 +142,40 @@ class Learner:
 
     def update(self, batch: Batch) -> UpdateResult:
         """One optimizer step on one batch; skips and counts it when the gradient is not finite."""
-        tensors = TensorBatch.from_numpy(batch, self.device)
         if self.config.noisy:
             self.online.resample_noise(self.generator)
             self.target.resample_noise(self.generator)
         self._set_learning_rate()
         if can_capture(self):
-            loss, priority, value, norm = self._replayed(tensors)
+            loss, priority, value, norm = self._replayed(TensorBatch.from_numpy(batch, self.device))
             skipped = not math.isfinite(float(norm))
         else:
-            loss, priority, value, norm = self.backward(tensors)
+            loss, priority, value, norm = self.backward(batch)
             skipped = not self.apply(float(norm))
         self.num_skipped += skipped
         self._finish()
         return UpdateResult(loss, priority, value, norm, skipped)
 
-    def backward(self, batch: TensorBatch) -> Measured:
+    def backward(self, batch: Batch) -> Measured:
         """Fills the gradient; returns mean loss, priorities [B], mean value and gradient norm, all detached."""
-        loss, priority, value = (self._analytic or self.differentiate)(batch)
-        if self.average_gradient is not None:
-            self.average_gradient(self.parameters.gradient)
-        norm = torch.linalg.vector_norm(self.parameters.gradient)
-        return loss, priority, value.mean(), norm
+        if self._analytic is None:
+            return self.differentiate(TensorBatch.from_numpy(batch, self.device))
+        loss, priority, value = self._analytic(batch)
+        return torch.tensor(loss), torch.from_numpy(priority), torch.tensor(value.mean()), self._gradient_norm()
 
-    def differentiate(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills the gradient by autograd; returns mean loss [], priorities [B] and values [B]."""
+    def differentiate(self, batch: TensorBatch) -> Measured:
+        """`backward` by autograd, on any device and for all settings."""
         self.parameters.gradient.zero_()
         loss, priority, value = elementwise_loss(self.config, self.online, self.target, batch)
         mean_loss = losses.weighted_mean(loss, batch.weight)
         mean_loss.backward()  # type: ignore[no-untyped-call]
-        return mean_loss.detach(), priority, value
+        return mean_loss.detach(), priority, value.mean(), self._gradient_norm()
+
+    def _gradient_norm(self) -> Tensor:
+        """Norm of the gradient, averaged over the processes before."""
+        if self.average_gradient is not None:
+            self.average_gradient(self.parameters.gradient)
+        return torch.linalg.vector_norm(self.parameters.gradient)
 
     def _replayed(self, batch: TensorBatch) -> Measured:
         """The update as a captured graph, recorded when the first batch of a shape comes."""

@@ -73,7 +73,7 @@ def test_an_update_lowers_the_loss_on_a_batch_that_repeats(changes: dict[str, An
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_the_target_network_gets_no_gradient(changes: dict[str, Any]) -> None:
     learning = learner(**changes)
-    learning.backward(TensorBatch.from_numpy(batch(), learning.device))
+    learning.backward(batch())
     assert learning.parameters.gradient.abs().sum() > 0
     assert learning.target_parameters.gradient.abs().sum() == 0
 
@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_a_loop_with_constant_targets(double: bool) -> N
         huber = 0.5 * error**2 if abs(float(error.detach())) <= 1 else abs(error) - 0.5
         total = total + float(data.weight[i]) * huber / len(data.action)
     expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(learning.online.parameters()))])
-    learning.backward(TensorBatch.from_numpy(data, learning.device))
+    learning.backward(data)
     torch.testing.assert_close(learning.parameters.gradient, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -120,7 +120,7 @@ def test_importance_weights_count_under_huber() -> None:
     gradients = []
     for weighted in (heavy, light):
         learning = learner(loss="huber")
-        learning.backward(TensorBatch.from_numpy(weighted, learning.device))
+        learning.backward(weighted)
         gradients.append(learning.parameters.gradient.clone())
     torch.testing.assert_close(0.25 * gradients[0], gradients[1])
 
@@ -151,7 +151,7 @@ def test_the_update_without_branches_is_the_plain_one(changes: dict[str, Any]) -
         data = batch(step)
         if step % 10 == 3:
             data = changed(data, weight=np.full(8, np.nan, dtype=np.float32))
-        norm = float(plain.backward(TensorBatch.from_numpy(data, plain.device))[3])
+        norm = float(plain.backward(data)[3])
         plain.apply(norm)
         step_without_branches(other, TensorBatch.from_numpy(data, other.device))
         torch.testing.assert_close(other.parameters.values, plain.parameters.values, rtol=1e-6, atol=1e-8)
@@ -181,7 +181,7 @@ def test_averaged_gradients_are_those_of_all_batches_together() -> None:
     parts = [batch(1), batch(2)]
     gradients = []
     for rank, part in zip(ranks, parts, strict=True):
-        rank.backward(TensorBatch.from_numpy(part, rank.device))
+        rank.backward(part)
         gradients.append(rank.parameters.gradient.clone())
     mean = (gradients[0] + gradients[1]) / 2
     for rank, part in zip(ranks, parts, strict=True):
@@ -192,7 +192,7 @@ def test_averaged_gradients_are_those_of_all_batches_together() -> None:
         parts[0], **{name: np.concatenate([getattr(p, name) for p in parts]) for name in TensorBatch._fields}
     )
     alone = learner(max_grad_norm=None)
-    alone.backward(TensorBatch.from_numpy(both, alone.device))
+    alone.backward(both)
     torch.testing.assert_close(alone.parameters.gradient, mean)
 
 
