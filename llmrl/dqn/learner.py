@@ -40,10 +40,10 @@ DEFAULT_ACTION_LEAD = 0.01
 class UpdateResult:
     """What one update measured; tensors stay on the device until they are asked for."""
 
-    loss: Tensor  # [] mean weighted loss
+    loss: Tensor | float  # [] mean weighted loss
     priority: Tensor  # [B] |TD error|, or the loss of a value distribution
-    value: Tensor  # [] mean value of the actions taken
-    gradient_norm: Tensor  # [] before clipping
+    value: Tensor | float  # [] mean value of the actions taken
+    gradient_norm: Tensor | float  # [] before clipping
     skipped: bool  # the gradient was not finite and nothing was changed
 
     def priorities(self) -> NDArray[np.float32]:
@@ -161,7 +161,7 @@ class Learner:
         if self._analytic is None:
             return self.differentiate(TensorBatch.from_numpy(batch, self.device))
         loss, priority, value = self._analytic(batch)
-        return torch.tensor(loss), torch.from_numpy(priority), torch.tensor(value.mean()), self._gradient_norm()
+        return loss, torch.from_numpy(priority), float(value.mean()), self._gradient_norm()
 
     def differentiate(self, batch: TensorBatch) -> Measured:
         """`backward` by autograd, on any device and for all settings."""
@@ -175,7 +175,8 @@ class Learner:
         """Norm of the gradient, averaged over the processes before."""
         if self.average_gradient is not None:
             self.average_gradient(self.parameters.gradient)
-        return torch.linalg.vector_norm(self.parameters.gradient)
+        norm: Tensor = torch.linalg.vector_norm(self.parameters.gradient)
+        return norm
 
     def _replayed(self, batch: TensorBatch) -> Measured:
         """The update as a captured graph, recorded when the first batch of a shape comes."""

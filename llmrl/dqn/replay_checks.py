@@ -133,7 +133,7 @@ class TransitionSpec:
 
 def _all(mask: NDArray[np.bool_]) -> bool:
     """`mask.all()` for few values, where a reduction is mostly its start."""
-    return np.count_nonzero(mask) == mask.size
+    return bool(np.count_nonzero(mask) == mask.size)
 
 
 def check_finite(name: str, array: NDArray[Any]) -> None:
