@@ -1,26 +1,30 @@
 """How fast the DQN is, beside other libraries measured in the same run.
 
+    python scripts/bench_dqn.py --output bench.json          # peers that are installed beside this package
     python scripts/bench_dqn.py --output bench.json --sb3-python ENV/bin/python --cpprb-python ENV/bin/python \
         --cleanrl-python ENV/bin/python --cleanrl-directory CHECKOUT --torchrl-python ENV/bin/python
+    python scripts/bench_dqn.py --quick --output bench.json ...
 
-Peers live in environments of their own, given by their Python; a peer that is not given leaves null. Every measurement
-is a process with one thread that counts its own CPU seconds; ours and the peer's alternate, and a ratio is the median
-over the repeats with the smallest and the largest. Above 1: ours is faster.
+Peers may live in environments of their own, given by their Python; one that is found nowhere leaves null. Every
+measurement is a process with one thread that counts its own CPU seconds; ours and the peer's alternate. A ratio is the
+median over the repeats, with a 95 % bootstrap interval. Above 1: ours is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from benchmarking import describe_machine, describe_versions, median_ratio, write_report
 
 EPSILON = 0.29  # as in dqn_peers.py
 PEERS = Path(__file__).with_name("dqn_peers.py")
@@ -66,8 +70,6 @@ def our_steps(count: int) -> float:
 
 def our_learner(count: int) -> float:
     """Learner steps of the plain agent: 40 observations, two layers of 128, batch 128, sampling included."""
-    import numpy as np
-
     from llmrl.dqn.agent import DQNAgent
     from llmrl.dqn.config import DQNConfig
 
@@ -90,8 +92,6 @@ def our_learner(count: int) -> float:
 
 def our_replay(count: int, capacity: int, sampling: str) -> float:
     """Add one, draw 128 and, where prioritised, set 128 priorities, with 40 observations."""
-    import numpy as np
-
     from llmrl.dqn.replay import ReplayBuffer
 
     buffer = ReplayBuffer(capacity, 1, (40,), 9, sampling=sampling)  # type: ignore[arg-type]
@@ -132,22 +132,30 @@ def cpu_seconds(python: str, script: Path, arguments: list[str]) -> dict[str, An
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def compare(ours: list[str], python: str, peer: list[str], repeats: int) -> dict[str, Any]:
+def compare(name: str, ours: list[str], python: str, peer: list[str], repeats: int) -> dict[str, Any]:
     """Alternating measurements and their ratios; both do the same number of operations."""
-    pairs = []
+    microseconds = []
     for _ in range(repeats):
         mine = cpu_seconds(sys.executable, Path(__file__), ["--measure", *ours])
         theirs = cpu_seconds(python, PEERS, peer)
-        pairs.append((mine["cpu_seconds"] / mine["count"], theirs["cpu_seconds"] / theirs["count"], theirs["version"]))
-    ratios = [theirs / mine for mine, theirs, _ in pairs]
+        microseconds.append([1e6 * one["cpu_seconds"] / one["count"] for one in (mine, theirs)])
+    ours_us, peer_us = np.array(microseconds).T
+    ratio, low, high = median_ratio(peer_us, ours_us)
     return {
-        "ratio": statistics.median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-        "our_microseconds": 1e6 * statistics.median(mine for mine, _, _ in pairs),
-        "peer_microseconds": 1e6 * statistics.median(theirs for _, theirs, _ in pairs),
-        "peer_version": pairs[0][2],
+        "name": name,
+        "ratio": ratio,
+        "ci_low": low,
+        "ci_high": high,
+        "our_microseconds": float(np.median(ours_us)),
+        "peer_microseconds": float(np.median(peer_us)),
+        "peer_version": theirs["version"],
+        "repeats": repeats,
     }
+
+
+def find_python(module: str, given: str | None) -> str | None:
+    """The Python that has a peer: the one that was given, or this one if the peer is installed beside us."""
+    return given or (sys.executable if importlib.util.find_spec(module) is not None else None)
 
 
 def measure(name: str, *numbers: str) -> None:
@@ -167,57 +175,49 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and operations")
     for peer in ("sb3", "cleanrl", "cpprb", "torchrl"):
-        parser.add_argument(f"--{peer}-python", help=f"Python of an environment with {peer}")
+        parser.add_argument(f"--{peer}-python", help=f"Python of an environment with what {peer} needs")
     parser.add_argument("--cleanrl-directory", help="a checkout with cleanrl/dqn.py and cleanrl_utils")
-    parser.add_argument("--steps", type=int, default=20_000, help="environment steps of one measurement")
-    parser.add_argument("--updates", type=int, default=1_000, help="learner steps of one measurement")
-    parser.add_argument("--capacity", type=int, default=100_000, help="transitions in the replay measurements")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         return measure(*arguments.measure)
     if arguments.output is None:
         parser.error("expected --output FILE")
-    steps, updates, capacity = str(arguments.steps), str(arguments.updates), str(arguments.capacity)
-    table: dict[str, tuple[str | None, list[str], list[str]]] = {
-        "steps_per_second_vs_sb3": (arguments.sb3_python, ["steps", steps], ["sb3_steps", steps]),
-        "steps_per_second_vs_cleanrl": (
-            arguments.cleanrl_python,
-            ["steps", steps],
-            ["cleanrl_steps", steps, str(arguments.cleanrl_directory)],
-        ),
-        "learner_step_vs_sb3": (arguments.sb3_python, ["learner", updates], ["sb3_learner", updates]),
-        "uniform_vs_torchrl": (
-            arguments.torchrl_python,
+    repeats, steps, updates = (3, "5000", "500") if arguments.quick else (7, "20000", "1000")
+    capacity = "100000"
+    checkout = arguments.cleanrl_directory
+    sb3 = find_python("stable_baselines3", arguments.sb3_python)
+    cleanrl = None if checkout is None else arguments.cleanrl_python or sys.executable
+    comparisons: list[tuple[str, list[str], str | None, list[str]]] = [
+        ("steps_per_second_vs_sb3", ["steps", steps], sb3, ["sb3_steps", steps]),
+        ("steps_per_second_vs_cleanrl", ["steps", steps], cleanrl, ["cleanrl_steps", steps, str(checkout)]),
+        ("learner_step_vs_sb3", ["learner", updates], sb3, ["sb3_learner", updates]),
+        (
+            "uniform_vs_torchrl",
             ["replay", updates, capacity, "uniform"],
+            find_python("torchrl", arguments.torchrl_python),
             ["torchrl_uniform", updates, capacity],
         ),
-        "prioritized_vs_cpp": (
-            arguments.cpprb_python,
+        (
+            "prioritized_vs_cpp",
             ["replay", updates, capacity, "prioritized"],
+            find_python("cpprb", arguments.cpprb_python),
             ["cpprb_prioritized", updates, capacity],
         ),
+    ]
+    rows = [
+        compare(name, ours, python, peer, repeats) for name, ours, python, peer in comparisons if python is not None
+    ]
+    found = {row["name"]: row["ratio"] for row in rows}
+    report = {
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "rows": rows,
+        "ratios": {name: found.get(name) for name, *_ in comparisons},
     }
-    results = {
-        name: None if python is None else compare(ours, python, peer, arguments.repeats)
-        for name, (python, ours, peer) in table.items()
-    }
-    arguments.output.write_text(
-        json.dumps(
-            {
-                "ratios": {name: None if result is None else result["ratio"] for name, result in results.items()},
-                "measurements": results,
-                "machine": {
-                    "cores": os.cpu_count(),
-                    "system": platform.platform(),
-                    "python": platform.python_version(),
-                },
-            },
-            indent=1,
-        )
-    )
+    write_report(report, arguments.output)
     return None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from catch import make_catch
+from catch import NUM_FRAMES, make_catch
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import DQNAgent
@@ -164,6 +164,35 @@ def catch(steps: int) -> dict[str, Any]:
     }
 
 
+def make_atari(name: str, *, training: bool = False) -> gymnasium.Env[Any, Any]:
+    """An Atari game as in Mnih et al. 2015: 84x84 grey frames, one in four, four stacked; needs the extra `games`.
+
+    In training a lost life ends the episode, in evaluation the game's end does.
+    """
+    import ale_py
+    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+
+    gymnasium.register_envs(ale_py)
+    game = gymnasium.make(name, frameskip=1)
+    return FrameStackObservation(AtariPreprocessing(game, terminal_on_life_loss=training), NUM_FRAMES)
+
+
+def atari(steps: int) -> dict[str, Any]:
+    """The published network, on a replay buffer that fits a small machine."""
+    return {
+        "torso": "cnn",
+        "hidden_sizes": (512,),
+        "batch_size": 32,
+        "learning_rate": 1e-4,
+        "replay_ratio": 0.25,
+        "replay_capacity": 100_000,
+        "learning_starts": min(2_000, max(steps // 10, 1)),
+        "reward_clip": 1.0,
+        "epsilon_end": 0.01,
+        "epsilon_decay_steps": max(steps // 4, 1),
+    }
+
+
 def grid_world_details(agent: Any, steps: int) -> dict[str, Any]:
     """Distance from the optimal values, for DQN and for a table."""
     from llmrl_envs.grid_world import GOAL, NUM_STATES, TRAP, optimal_q
@@ -231,6 +260,21 @@ PROBLEMS = {
 }
 
 
+def problem_of(name: str) -> Problem:
+    """A problem by name; `ALE/...` is any Atari game.
+
+    Raises:
+        ValueError: No problem has the name.
+    """
+    if name.startswith("ALE/"):
+        return Problem(
+            lambda: make_atari(name), atari, num_episodes=5, make_training=lambda: make_atari(name, training=True)
+        )
+    if name not in PROBLEMS:
+        raise ValueError(f"env: expected one of {sorted(PROBLEMS)} or ALE/NAME, got {name!r}")
+    return PROBLEMS[name]
+
+
 def train(agent: Any, env: Any, steps: int, seed: int) -> float:
     """Collects and learns for so many environment steps; returns environment steps per second."""
     collector = Collector(env, agent, seed=seed)
@@ -281,7 +325,7 @@ def interval(values: NDArray[np.float64], num_draws: int = 2000) -> tuple[float,
 
 def solve(name: str, steps: int, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One seed: training, then greedy episodes."""
-    problem = PROBLEMS[name]
+    problem = problem_of(name)
     env, training = problem.make(), (problem.make_training or problem.make)()
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Box)
@@ -308,13 +352,17 @@ def solve(name: str, steps: int, seed: int, changes: dict[str, Any]) -> dict[str
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", choices=sorted(PROBLEMS))
+    parser.add_argument("env", help=f"one of {', '.join(sorted(PROBLEMS))}, or an Atari game: ALE/Pong-v5")
     parser.add_argument("--steps", type=int, required=True, help="environment steps of training")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="the seeds count from here")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings, as JSON")
     arguments = parser.parse_args()
+    try:
+        problem_of(arguments.env)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.steps < 1 or arguments.seeds < 1:
         parser.error(f"expected positive --steps and --seeds, got {arguments.steps} and {arguments.seeds}")
     changes = {key: json.loads(value) for key, _, value in (item.partition("=") for item in arguments.set)}
@@ -338,7 +386,7 @@ def summary(name: str, steps: int, results: list[dict[str, Any]], changes: dict[
         "ci_low": low,
         "ci_high": high,
         "env_steps_per_second": float(np.median([result["env_steps_per_second"] for result in results])),
-        "settings": {**PROBLEMS[name].settings(steps), **changes},
+        "settings": {**problem_of(name).settings(steps), **changes},
         "seeds": results,
         "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
     }
