@@ -55,6 +55,7 @@ class ExportFormat(StrEnum):
 
     SAFETENSORS = "safetensors"
     NUMPY = "numpy"
+    ONNX = "onnx"
 
 
 # typer reads these aliases when it builds the command, so they cannot be strings.
@@ -205,12 +206,28 @@ def config_schema(kind: Annotated[Kind, typer.Argument(help="Which command the c
 
 
 @policy_app.command("show")
-def policy_show(policy: Annotated[str, typer.Argument(help="Folder, Hub id, artifact, 'default' or 'hold'.")]) -> None:
-    """Print what a policy sees, does, and was trained on."""
+def policy_show(
+    policy: Annotated[str, typer.Argument(help="Folder, Hub id, artifact, 'default' or 'hold'.")],
+    picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--picture", help="Draw the response to every feature to this PNG file."),
+    ] = None,
+) -> None:
+    """Print what a policy sees, does, and was trained on, and how it responds to each feature that it sees."""
     with reported_failures("stopped"):
         from llmrl.policy import SchedulePolicy
 
-        typer.echo(SchedulePolicy.from_pretrained(policy).card())
+        loaded = SchedulePolicy.from_pretrained(policy, where="policy show")
+        typer.echo(loaded.card())
+        if loaded.network is None and picture is None:
+            return
+        from llmrl.policy_response import draw_response, response_text
+
+        if picture is not None:
+            draw_response(loaded, picture)
+        typer.echo(response_text(loaded))
+        if picture is not None:
+            typer.echo(picture)
 
 
 @policy_app.command("export")
@@ -219,7 +236,7 @@ def policy_export(
     output: OutputOption,
     file_format: Annotated[ExportFormat, typer.Option("--format", help="File format.")] = ExportFormat.SAFETENSORS,
 ) -> None:
-    """Write a policy's network and its description to OUTPUT, for use without this package."""
+    """Write a policy to OUTPUT: as it is, as NumPy arrays that decide without torch, or as an ONNX graph."""
     with reported_failures("stopped"):
         from llmrl.policy_export import export_policy
 

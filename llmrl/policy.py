@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,15 @@ from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
 
-from llmrl.dqn.acting import greedy_actions
 from llmrl.dqn.network_file import load_network, save_network
 from llmrl.dqn.networks import QNetwork
 from llmrl.policy_card import policy_card
+from llmrl.policy_decision import PolicyDecision, check_observation, greedy_decision, hold_decision
 from llmrl.policy_files import PolicyConfig, read_language
 from llmrl.policy_hub import upload_policy_folder
 from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy
 
 __all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy"]
-
-
-@dataclass(frozen=True)
-class PolicyDecision:
-    """What a policy says about E observations.
-
-    Attributes:
-        actions: int64[E].
-        q_values: float32[E, A]; NaN for a policy without values.
-    """
-
-    actions: NDArray[np.int64]
-    q_values: NDArray[np.float32]
 
 
 class SchedulePolicy:
@@ -87,21 +73,12 @@ class SchedulePolicy:
 
     def act(self, observation: NDArray[np.float32], mask: NDArray[np.bool_]) -> PolicyDecision:
         """Greedy actions for observations float32[E, O] among those available in mask bool[E, A]."""
-        if observation.shape[1:] != (self.spec.size,):
-            raise ValueError(f"observation: expected float32[E, {self.spec.size}], got {observation.shape}")
+        check_observation(observation, self.spec.size)
         if self.network is None:
-            shape = (len(observation), self.table.num_actions)
-            return PolicyDecision(
-                np.full(len(observation), self.table.hold, np.int64), np.full(shape, np.nan, np.float32)
-            )
+            return hold_decision(self.table, len(observation))
         with torch.inference_mode():
             values = self.network.values(self.network(torch.from_numpy(np.ascontiguousarray(observation))))
-        q_values: NDArray[np.float32] = values.numpy()
-        config = self.network.config
-        actions = greedy_actions(
-            q_values, mask, default_action=config.default_action, margin=config.default_action_margin
-        )
-        return PolicyDecision(actions, q_values)
+        return greedy_decision(values.numpy(), mask, self.network.config)
 
     def card(self) -> str:
         """The policy card, Markdown."""

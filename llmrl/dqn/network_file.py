@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.network_shapes import check_shapes
 from llmrl.dqn.networks import QNetwork
 
 CONFIG_KEY = "network_config"
@@ -39,6 +40,8 @@ def load_network(path: Path) -> QNetwork:
         config = NetworkConfig.model_validate_json(metadata[CONFIG_KEY])
     except ValidationError as error:
         raise ValueError(f"{path}: expected a network configuration, got {error}") from error
+    # Before the network takes memory: a file of a few bytes may describe a network of many gigabytes.
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     network = QNetwork(config, torch.Generator())
     network.load_weights(tensors)
     return network.eval()

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.distributional import categorical_lower_mean, quantile_lower_mean
 from llmrl.dqn.layers import NoisyLinear, apply_linear, apply_norm, convolution, linear
+from llmrl.dqn.network_shapes import CONVOLUTIONS
 from llmrl.dqn.numpy_network import OBS_CLIP, branch_index
-
-CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, size, stride
 
 
 class Torso(nn.Module):

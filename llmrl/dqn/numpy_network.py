@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.network_shapes import CONVOLUTIONS
 
 OBS_CLIP = 10.0  # standardised observations are clipped here, so that one far outside cannot throw the network
 NORM_EPSILON = 1e-5
@@ -22,20 +23,22 @@ Floats = NDArray[np.float32]
 
 
 class NumpyNetwork:
-    """The forward pass of a fully connected Q-network; noisy layers act by their means.
+    """The forward pass of a Q-network; noisy layers act by their means.
 
     Args:
         config: Shape of the network.
         tensors: Weights by the names of `QNetwork.state_dict()`; more than is needed may be there.
 
     Raises:
-        ValueError: The network is convolutional, or a tensor is missing.
+        ValueError: A tensor is missing.
     """
 
     def __init__(self, config: NetworkConfig, tensors: Mapping[str, Floats]) -> None:
-        if config.torso != "mlp":
-            raise ValueError(f"network in NumPy: expected torso 'mlp', got {config.torso!r}")
         try:
+            self._convolutions = [
+                (tensors[f"torso.convolutions.{i}.weight"], tensors[f"torso.convolutions.{i}.bias"], stride)
+                for i, (_, _, stride) in enumerate(CONVOLUTIONS if config.torso == "cnn" else ())
+            ]
             self._layers = [
                 (tensors[f"torso.layers.{i}.weight"], tensors[f"torso.layers.{i}.bias"])
                 for i in range(len(config.hidden_sizes))
@@ -52,10 +55,17 @@ class NumpyNetwork:
         self._width = {"expected": 1, "categorical": config.num_atoms, "quantile": config.num_quantiles}[config.head]
         self._branch_index = branch_index(config) if config.branches else None
 
-    def values(self, obs: Floats) -> Floats:
-        """Action values [E, A] for observations [E, *obs_shape]."""
+    def values(self, obs: Floats | NDArray[np.uint8]) -> Floats:
+        """Action values [E, A] for observations [E, *obs_shape]; images may be uint8."""
         num = len(obs)
-        x = obs if self._obs is None else ((obs - self._obs[0]) / self._obs[1]).clip(-OBS_CLIP, OBS_CLIP)
+        x: Floats = np.asarray(obs, dtype=np.float32)
+        if obs.dtype == np.uint8:
+            x = x / np.float32(255.0)
+        if self._obs is not None:
+            x = ((x - self._obs[0]) / self._obs[1]).clip(-OBS_CLIP, OBS_CLIP)
+        for weight, bias, stride in self._convolutions:
+            x = _convolve(weight, bias, x, stride)
+            np.maximum(x, 0.0, out=x)
         # One observation goes through as a vector: a product of matrix and vector has less of a start.
         x = x.reshape(-1) if num == 1 else x.reshape(num, -1)
         for index, (weight, bias) in enumerate(self._layers):
@@ -101,6 +111,14 @@ def _linear(weight: Floats, bias: Floats, x: Floats) -> Floats:
     out = weight.dot(x) if x.ndim == 1 else x @ weight.T
     out += bias
     return out
+
+
+def _convolve(weight: Floats, bias: Floats, x: Floats, stride: int) -> Floats:
+    """Filters [F, C, S, S] over images [E, C, H, W] without padding -> [E, F, H', W']."""
+    size = weight.shape[-1]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(2, 3))[:, :, ::stride, ::stride]
+    out = np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3)))  # [E, H', W', F]
+    return np.ascontiguousarray(np.moveaxis(out + bias, 3, 1), dtype=np.float32)
 
 
 def _layer_norm(x: Floats, weight: Floats, bias: Floats) -> Floats:
