@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from llmrl_envs.interface.action import action_table
 
 from llmrl.config import CompareConfig, FinetuneConfig, TrainConfig
@@ -11,7 +12,8 @@ from llmrl.config_loading import config_to_yaml, load_config
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"train": TrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHERS))
 
 
 def test_there_is_one_of_each_kind() -> None:
@@ -27,6 +29,28 @@ def test_it_is_valid_and_of_the_kind_of_its_folder(path: Path, tmp_path: Path) -
     again = tmp_path / "config.yaml"
     again.write_text(config_to_yaml(config))
     assert load_config(None, again) == config
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=[path.name for path in LAUNCHERS])
+def test_accelerate_reads_it_and_starts_what_its_name_says(path: Path) -> None:
+    found = load_config_from_file(str(path))
+    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
+    assert (kind, found.num_processes, found.use_cpu) == {
+        "one_gpu.yaml": ("NO", 1, False),
+        "ddp.yaml": ("MULTI_GPU", 2, False),
+        "fsdp2.yaml": ("FSDP", 2, False),
+        "deepspeed_zero2.yaml": ("DEEPSPEED", 2, False),
+        "two_cpu_processes.yaml": ("MULTI_GPU", 2, True),
+    }[path.name]
+    if kind == "FSDP":
+        assert found.fsdp_config["fsdp_version"] == 2
+    if kind == "DEEPSPEED":
+        assert found.deepspeed_config["zero_stage"] == 2
+        assert "scheduler" not in found.deepspeed_config
+
+
+def test_there_is_a_launcher_configuration_for_each_situation() -> None:
+    assert len(LAUNCHERS) == 5
 
 
 def test_the_quickstart_trains_on_no_task_that_it_is_compared_on() -> None:

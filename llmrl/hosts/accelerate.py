@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
+from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ class AcceleratorContext:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator: Any = accelerator
+        self._prepared: tuple[nn.Module, nn.Module] | None = None
 
     @property
     def rank(self) -> int:
@@ -40,8 +42,17 @@ class AcceleratorContext:
         return device
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model wrapped so that gradients are averaged over the processes."""
+        """The model wrapped so that gradients are averaged over the processes.
+
+        A model that comes again, for another job, keeps its wrapper; another model's wrapper is let go first.
+        """
+        if self._prepared is not None and self._prepared[0] is model:
+            return self._prepared[1]
+        if self._prepared is not None:
+            models = self._accelerator._models
+            models[:] = [held for held in models if held is not self._prepared[1]]
         wrapped: nn.Module = self._accelerator.prepare_model(model)
+        self._prepared = (model, wrapped)
         return wrapped
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -74,7 +85,20 @@ def launched_processes() -> int:
 
 
 def parallel_context() -> ParallelContext:
-    """The context of this process: alone, or one of those that `accelerate launch` started."""
+    """The context of this process: alone, or one of those that `accelerate launch` started.
+
+    Raises:
+        UserError: The launcher wants the model sharded; this loop keeps a replica on each process.
+    """
     if launched_processes() == 1:
         return SingleProcess()
-    return AcceleratorContext(Accelerator())
+    accelerator: Any = Accelerator()
+    kind = str(accelerator.distributed_type.value)
+    if not kind.startswith("MULTI_"):
+        raise UserError(
+            "`llmrl finetune` keeps a replica of the model on each process",
+            where="the accelerate configuration's key `distributed_type`",
+            expected="MULTI_GPU; FSDP2 and DeepSpeed work in Trainer and in a loop of your own, see docs/hosts.md",
+            got=kind,
+        )
+    return AcceleratorContext(accelerator)

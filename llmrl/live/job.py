@@ -147,7 +147,8 @@ class LiveJob:
         norms = self._recorder.present_norms(parameters)
         if not (math.isfinite(norms[0]) and norms[0] > 0.0):
             norms = self._recorder.initial_norms(parameters)
-        self.loop.begin(statistics, *norms)
+        agreed = self._processes.mean(torch.tensor(norms, dtype=torch.float64))
+        self.loop.begin(statistics, *agreed.tolist())
         self._decide()
 
     # -- steps ----------------------------------------------------------------------------------------------------

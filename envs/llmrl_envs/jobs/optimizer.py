@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from llmrl_envs.interface.recorder import LowRankPair
+from llmrl_envs.interface.updates import LowRankPair, full_tensor
 from llmrl_envs.jobs.task import OptimizerSettings
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -41,6 +41,7 @@ def low_rank_pairs(model: nn.Module) -> tuple[LowRankPair, ...]:
         for adapter in module.lora_A:
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             if a.requires_grad and b.requires_grad:
-                weight_norm = float(module.base_layer.weight.detach().double().square().sum()) ** 0.5
+                square = full_tensor(module.base_layer.weight.detach().double().square().sum())
+                weight_norm = float(square) ** 0.5
                 pairs.append(LowRankPair(a, b, float(module.scaling[adapter]), weight_norm))
     return tuple(pairs)

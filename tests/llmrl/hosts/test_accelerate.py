@@ -80,6 +80,26 @@ def test_gradients_travel_in_the_last_backward_pass_only():
     assert context.accumulate("model", last=True) != "no_sync(model)"
 
 
+class Wrapping:
+    """Wraps models as an accelerator does, and holds on to them."""
+
+    def __init__(self):
+        self._models = []
+
+    def prepare_model(self, model):
+        self._models.append(f"wrapped {model}")
+        return self._models[-1]
+
+
+def test_a_wrapped_model_is_used_again_and_let_go_for_another():
+    accelerator = Wrapping()
+    context = AcceleratorContext(accelerator)
+    assert [context.prepare(name) for name in ("one", "one")] == ["wrapped one", "wrapped one"]
+    assert accelerator._models == ["wrapped one"]
+    assert context.prepare("two") == "wrapped two"
+    assert accelerator._models == ["wrapped two"]
+
+
 @pytest.mark.parametrize("world_size", [None, "1"])
 def test_a_process_alone_needs_no_accelerator(monkeypatch, world_size):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
