@@ -20,7 +20,7 @@ from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.interface.statistics import empty_statistics
 from llmrl_envs.interface.updates import full_tensor
-from llmrl_envs.jobs.session import lower_half
+from llmrl_envs.jobs.layers import lower_half
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -177,8 +177,14 @@ class LiveJob:
             for name in self._lower_half:
                 self._parameters[name].grad = None
 
-    def clip(self) -> Tensor:
-        """Takes out the loss scale, clips what is not frozen, and returns the norm before clipping."""
+    def clip(self) -> Tensor | float | None:
+        """Takes out the loss scale, clips what is not frozen, and returns the norm before clipping.
+
+        DeepSpeed has clipped and stepped by now; its norm is returned, or None where it does not tell.
+        """
+        if self.capabilities.distribution is Distribution.DEEPSPEED:
+            found: Tensor | float | None = self._accelerator.clip_grad_norm_((), self.clipping_norm)
+            return found
         if self._accelerator is not None:
             self._accelerator.unscale_gradients(self._accelerated)
         self.freeze()

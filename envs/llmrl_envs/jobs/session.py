@@ -7,7 +7,6 @@ seed and actions give the same numbers, bit for bit on a CPU.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.schedule import Schedule
 from llmrl_envs.interface.statistics import TrainingStatistics, empty_statistics
 from llmrl_envs.jobs.data import TokenizedSplit, batch_indices
+from llmrl_envs.jobs.layers import lower_half
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.losses import LossSum, batch_loss
 from llmrl_envs.jobs.optimizer import build_optimizer, low_rank_pairs
@@ -31,9 +31,6 @@ from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.snapshot import SessionSnapshot, restore_snapshot, take_snapshot
 
 LEVEL_NORMS = ("effective", "adapters")
-# "embed_out" is the output layer of a GPT-NeoX.
-_EMBEDDING = re.compile(r"embed(?!_out)|\bwte\b|\bwpe\b")
-_LAYER_INDEX = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -346,19 +343,3 @@ def _seeded_state(seed: int, device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
     return state
-
-
-def lower_half(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of the parameters in the lower half of a model's layers, embeddings included; none of a single layer.
-
-    >>> lower_half(["m.embed.weight", "m.layers.0.w", "m.layers.1.w", "head.weight"])
-    ('m.layers.0.w', 'm.embed.weight')
-    """
-    layer = {name: int(match.group(1)) for name in names if (match := _LAYER_INDEX.search(name))}
-    if not layer:
-        return ()
-    middle = (max(layer.values()) + 1) // 2
-    if middle == 0:
-        return ()
-    lower = tuple(name for name in names if name in layer and layer[name] < middle)
-    return lower + tuple(name for name in names if name not in layer and _EMBEDDING.search(name))
