@@ -1,0 +1,200 @@
+"""What a policy costs in a Trainer: the same job with and without the callback, in turn, in one process.
+
+    python scripts/bench_hosts.py --quick --output hosts.json
+    python scripts/bench_hosts.py --models path/of/a/causal/model --output hosts.json
+
+Wall time: two Trainers, each in its thread, take blocks of ten optimizer steps in turn; with 400 steps in the budget a
+block holds one decision. Of a pair the one is taken right after the other. Memory: each variant alone in a fresh
+process, its peak; no snapshots are kept (the policy holds). Models are built from random configurations of 3 and 22
+million parameters unless a path is given; batches are 8 x 128 random tokens.
+
+`ratios.wall` and `ratios.memory` are the largest of the models' medians, steered over plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from benchmarking import describe_machine, describe_versions, median_ratio, write_report
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from llmrl import ScheduleCallback
+
+BLOCK_STEPS, BUDGET_STEPS, UNTIMED_BLOCKS = 10, 400, 3
+MODELS = {
+    "3M": LlamaConfig(
+        vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6,
+    ),
+    "22M": LlamaConfig(
+        vocab_size=10000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=6,
+    ),
+}  # fmt: skip
+
+
+class Turns(TrainerCallback):
+    """Lets two Trainers go on in turn, a block at a time, and times the blocks."""
+
+    def __init__(self, mine: threading.Semaphore, others: threading.Semaphore, num_blocks: int) -> None:
+        self._mine, self._others, self._num_blocks = mine, others, num_blocks
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Waits for the first turn."""
+        self._mine.acquire()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At a block's end, hands over and waits."""
+        if state.global_step % BLOCK_STEPS:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+        self._others.release()
+        if len(self.seconds) == self._num_blocks:
+            control.should_training_stop = True
+            return
+        self._mine.acquire()
+        self._began = time.perf_counter()
+
+
+def build_model(name: str) -> Any:
+    """A random model of that size, or the one at that path."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(MODELS[name]) if name in MODELS else AutoModelForCausalLM.from_pretrained(name)
+
+
+def make_trainer(name: str, *, steered: bool, callbacks: list[TrainerCallback], folder: str) -> Trainer:
+    """The job."""
+    model = build_model(name)
+    rows = torch.randint(0, model.config.vocab_size, (512, 128), generator=torch.Generator().manual_seed(0))
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            folder,
+            max_steps=BUDGET_STEPS,
+            per_device_train_batch_size=8,
+            learning_rate=1e-4,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=BLOCK_STEPS,
+            disable_tqdm=True,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        # The clock stops last, so that what the schedule does at a block's end is inside.
+        callbacks=[*([ScheduleCallback("hold")] if steered else []), *callbacks],
+    )
+
+
+def measure_wall(name: str, num_pairs: int) -> dict[str, Any]:
+    """Blocks of both variants in turn."""
+    locks = threading.Semaphore(1), threading.Semaphore(0)
+    turns = [Turns(locks[i], locks[1 - i], num_pairs + UNTIMED_BLOCKS) for i in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [make_trainer(name, steered=bool(i), callbacks=[turns[i]], folder=folder) for i in (0, 1)]
+        threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    plain, steered = (np.array(turn.seconds[UNTIMED_BLOCKS:]) for turn in turns)
+    ratio, low, high = median_ratio(steered, plain)
+    return {
+        "name": f"wall_{name}",
+        "parameters": sum(p.numel() for p in trainers[0].model.parameters()),
+        "pairs": num_pairs,
+        "plain_seconds": float(np.median(plain)),
+        "steered_seconds": float(np.median(steered)),
+        "ratio": ratio,
+        "ci_low": low,
+        "ci_high": high,
+    }
+
+
+class Peak(TrainerCallback):
+    """Notes the process's memory at every step, and stops after two blocks."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks."""
+        cuda = torch.cuda.is_available()
+        found = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
+        self.bytes = max(self.bytes, found)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops in time."""
+        control.should_training_stop = state.global_step >= 2 * BLOCK_STEPS
+
+
+def peak_memory(name: str, variant: str) -> None:
+    """Prints the peak memory of one variant, bytes; run in a process of its own."""
+    peak = Peak()
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(name, steered=variant == "steered", callbacks=[peak], folder=folder).train()
+    print(json.dumps(peak.bytes))
+
+
+def measure_memory(name: str, num_pairs: int) -> dict[str, Any]:
+    """Peak memory of both variants in fresh processes."""
+    totals: dict[str, list[int]] = {"plain": [], "steered": []}
+    for _ in range(num_pairs):
+        for variant, found in totals.items():
+            command = [sys.executable, __file__, "--peak-memory", variant, "--models", name]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.append(json.loads(printed.strip().splitlines()[-1]))
+    ratio, low, high = median_ratio(np.array(totals["steered"], float), np.array(totals["plain"], float))
+    return {
+        "name": f"memory_{name}",
+        "plain_bytes": float(np.median(totals["plain"])),
+        "steered_bytes": float(np.median(totals["steered"])),
+        "ratio": ratio,
+        "ci_low": low,
+        "ci_high": high,
+    }
+
+
+def main() -> None:
+    """Measures and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer pairs")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="3M, 22M, or paths of causal models")
+    parser.add_argument("--peak-memory", choices=("plain", "steered"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_memory:
+        peak_memory(arguments.models[0], arguments.peak_memory)
+        return
+    if arguments.output is None:
+        parser.error("--output is required")
+    wall = [measure_wall(name, 8 if arguments.quick else 36) for name in arguments.models]
+    memory = [measure_memory(name, 1 if arguments.quick else 5) for name in arguments.models]
+    ratios = {"wall": max(row["ratio"] for row in wall), "memory": max(row["ratio"] for row in memory)}
+    report = {"machine": describe_machine(), "versions": describe_versions(), "rows": wall + memory, "ratios": ratios}
+    write_report(report, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
