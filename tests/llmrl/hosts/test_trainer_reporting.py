@@ -1,0 +1,66 @@
+"""Where the numbers of a decision go: W&B, TensorBoard, and what the Trainer itself keeps."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import wandb
+from transformers import TrainerCallback
+
+from llmrl import ScheduleCallback
+from llmrl.hosts.reporting import report_to_integrations
+
+
+def read_history(folder):
+    """Rows of an offline run, through W&B's own reader."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data"}.items():
+        monkeypatch.setenv(name, str(value))
+    yield tmp_path
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def test_wandb_has_every_decision_against_the_global_step(make_trainer, offline):
+    callback = ScheduleCallback("hold")
+    trainer = make_trainer([callback], report_to=["wandb"])
+    trainer.train()
+    wandb.finish()
+    rows = read_history(offline)
+    decisions = [row for row in rows if "llmrl/learning_rate" in row]
+    assert [row["train/global_step"] for row in decisions] == [record.step for record in callback.controller.records]
+    for row, record in zip(decisions, callback.controller.records, strict=True):
+        assert row["llmrl/learning_rate"] == pytest.approx(record.learning_rate)
+        assert row["llmrl/level"] == pytest.approx(0.0025)
+    logged = {row["train/global_step"]: row["train/learning_rate"] for row in rows if "train/learning_rate" in row}
+    assert logged[24] == pytest.approx(decisions[-1]["llmrl/learning_rate"])
+    assert not any(name.startswith("train/llmrl") for row in rows for name in row)
+
+
+def test_other_integrations_are_told_as_the_trainer_tells_them(make_trainer):
+    class Told(TrainerCallback):
+        rows: list
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.rows.append(dict(logs))
+
+    class Outside(Told):
+        pass
+
+    Told.__module__ = "transformers.integrations.something"
+    inside, outside = Told(), Outside()
+    inside.rows, outside.rows = [], []
+    trainer = make_trainer([inside, outside])
+    report_to_integrations(trainer, {"llmrl/level": 1.0}, 3)
+    assert inside.rows == [{"llmrl/level": 1.0}]
+    assert outside.rows == []
+    assert trainer.state.log_history[-1] == {"llmrl/level": 1.0, "step": 3}
