@@ -29,11 +29,12 @@ from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.schedule import ScheduleSettings
 from torch import Tensor, nn
 
-from llmrl.decisions import DecisionRecord
+from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.live.capabilities import HostCapabilities
 from llmrl.live.job import JobOptions, LiveJob
 from llmrl.live.snapshots import SnapshotPlace
 from llmrl.policy import SchedulePolicy
+from llmrl.tracking.decisions import decision_series
 
 _LONGEST_JOB_STEPS = 10**9
 
@@ -49,7 +50,7 @@ class ScheduleController:
             device), "disk" (a safetensors file), "off", or "auto": in memory if the policy may roll back.
         snapshot_folder: Where a snapshot on disk is put.
         on_decision: Called with each decision and the interval that followed it, on every process;
-            `DecisionRecord.metrics()` is one flat row of numbers for a log.
+            `metrics` makes one flat row of numbers for a log of it.
     """
 
     def __init__(
@@ -181,6 +182,10 @@ class ScheduleController:
         if self._job is None:
             raise ValueError("controller: expected attach(model, optimizer, ...) to have been called, got no job")
         return self._job
+
+    def metrics(self, record: DecisionRecord) -> dict[str, float]:
+        """A decision and the interval that followed it as one flat row of finite numbers, named `llmrl/*`."""
+        return decision_series(decision_row(record, self.policy.spec.names, self.policy.table.names))
 
     def _may_roll_back(self) -> bool:
         choices = {action.choice for action in self.policy.table.actions}

@@ -27,9 +27,6 @@ from numpy.typing import NDArray
 
 from llmrl.policy import SchedulePolicy
 
-EVENTS = ("rollback", "fallback", "spike", "skipped_steps")
-"""What guards and rollbacks note, in `DecisionRecord.events`."""
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -82,20 +79,27 @@ class DecisionRecord:
     step_size: float = math.nan
     gradient_norm: float = math.nan
 
-    def metrics(self) -> dict[str, float]:
-        """One flat row of finite numbers, named `llmrl/*`; an event is there, and 0, where it did not happen."""
-        values = {
-            "decision": self.decision.index,
-            "action": self.decision.action,
-            "learning_rate": self.learning_rate,
-            "level": self.level,
-            "step_size": self.step_size,
-            "train_loss": self.train_loss,
-            "validation_loss": self.validation_loss,
-            "gradient_norm": self.gradient_norm,
-            **{name: self.events.get(name, 0) for name in EVENTS},
-        }
-        return {f"llmrl/{name}": float(value) for name, value in values.items() if math.isfinite(float(value))}
+
+def decision_row(record: DecisionRecord, names: tuple[str, ...], actions: tuple[str, ...]) -> dict[str, Any]:
+    """One row of `schedule.jsonl`."""
+    decision = record.decision
+    values = decision.q_values.tolist()
+    return {
+        "decision": decision.index,
+        "step": decision.step,
+        "action": decision.action_name,
+        "learning_rate": record.learning_rate,
+        "train_loss": record.train_loss,
+        "validation_loss": record.validation_loss,
+        "level": record.level,
+        "step_size": record.step_size,
+        "gradient_norm": record.gradient_norm,
+        "events": record.events,
+        "step_after": record.step,
+        "q_values": dict(zip(actions, values, strict=True)) if math.isfinite(values[0]) else None,
+        "mask": dict(zip(actions, decision.mask.tolist(), strict=True)),
+        "observation": dict(zip(names, decision.observation.tolist(), strict=True)),
+    }
 
 
 def interval_record(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llmrl_envs.jobs.models import save_model
 
 from llmrl.config import FinetuneConfig
 from llmrl.config_loading import config_to_yaml
-from llmrl.decisions import DecisionRecord
+from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
 from llmrl.hosts.job import JobResult, named_schedule, run_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
@@ -143,25 +142,6 @@ def schedule_digest(result: JobResult) -> str:
     """A digest of every action and learning rate of a job; equal schedules have equal digests."""
     rows = [[record.decision.action, record.step, record.learning_rate.hex()] for record in result.records]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def decision_row(record: DecisionRecord, names: tuple[str, ...], actions: tuple[str, ...]) -> dict[str, Any]:
-    """One row of `schedule.jsonl`."""
-    decision = record.decision
-    values = decision.q_values.tolist()
-    return {
-        "decision": decision.index,
-        "step": decision.step,
-        "action": decision.action_name,
-        "learning_rate": record.learning_rate,
-        "train_loss": record.train_loss,
-        "validation_loss": record.validation_loss,
-        "events": record.events,
-        "step_after": record.step,
-        "q_values": dict(zip(actions, values, strict=True)) if math.isfinite(values[0]) else None,
-        "mask": dict(zip(actions, decision.mask.tolist(), strict=True)),
-        "observation": dict(zip(names, decision.observation.tolist(), strict=True)),
-    }
 
 
 class _Recorder:

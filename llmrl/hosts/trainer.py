@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llmrl.controller import ScheduleController, known_length
 from llmrl.decisions import DecisionRecord
-from llmrl.hosts.reporting import report_to_integrations
+from llmrl.hosts.reporting import TrainerReport
 from llmrl.hosts.schedule_lr import ScheduleLR
 from llmrl.live.capabilities import check_deepspeed_config
 from llmrl.live.optimizers import check_optimizer, innermost
@@ -68,6 +68,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self._loss: Tensor | None = None
         self._norm: Tensor | float | None = None
         self._max_grad_norm = 0.0
+        self._told_to: TrainerReport
 
     @property
     def controller(self) -> ScheduleController:
@@ -182,6 +183,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
             )
         self._max_grad_norm = float(args.max_grad_norm or 0.0)
         self._loss = self._norm = None
+        self._told_to = TrainerReport(self._trainer, self.policy, state.max_steps)
         restored = scheduler.restored
         self.controller.attach(
             kwargs["model"],
@@ -224,8 +226,9 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the clipping norm back."""
+        """Gives the clipping norm back, and the whole schedule to where tables and pictures go."""
         args.max_grad_norm = self._max_grad_norm
+        self._told_to.finish()
 
     def _prepare_step(self, args: TrainingArguments, scheduler: ScheduleLR) -> None:
         job = self.controller.job
@@ -235,8 +238,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
             args.max_grad_norm = job.clipping_norm
 
     def _report(self, record: DecisionRecord) -> None:
-        trainer = self._trainer
-        report_to_integrations(trainer, record.metrics(), record.step)
+        self._told_to.add(record)
         if self._on_decision is not None:
             self._on_decision(record)
 

@@ -21,9 +21,10 @@ Row = Mapping[str, Any]
 
 TABLE_COLUMNS = ("decision", "step", "action", "learning_rate", "train_loss", "validation_loss", "events")
 TABLE_NAME, PICTURE_NAME = "llmrl/decisions", "llmrl/schedule"
-COUNTED_EVENTS = ("rollback", "fallback", "skipped_steps")
+COUNTED_EVENTS = ("rollback", "fallback", "spike", "skipped_steps")
 """Events whose series exist in every job, zero where nothing happened."""
 
+_NUMBERS = ("decision", "learning_rate", "level", "step_size", "gradient_norm", "train_loss", "validation_loss")
 _DERIVED_FEATURES = re.compile(r"@|^(progress_tanh|mode|last|has)_")
 """Features that another series tells already: earlier decisions, transforms of the progress, the action, the host."""
 
@@ -35,12 +36,12 @@ def decision_series(row: Row) -> dict[str, float]:
         row: One row of `schedule.jsonl`.
 
     Returns:
-        decision, action (its index, where the row says which there are), learning_rate, train_loss, validation_loss;
+        decision, action (its index, where the row says which there are), learning_rate, level, step_size,
+        gradient_norm, train_loss, validation_loss;
         q/ACTION; observation/FEATURE as the policy saw it; event_NAME, how often.
     """
     actions = list(row.get("mask") or ())
-    values: dict[str, Any] = {name: row.get(name) for name in ("decision", "learning_rate", "train_loss")}
-    values["validation_loss"] = row.get("validation_loss")
+    values: dict[str, Any] = {name: row.get(name) for name in _NUMBERS}
     if row["action"] in actions:
         values["action"] = actions.index(row["action"])
     values |= {f"q/{name}": value for name, value in (row.get("q_values") or {}).items()}

@@ -61,7 +61,7 @@ def test_a_rate_that_is_far_too_low_is_no_obstacle(hold):
 
 def test_every_decision_is_reported_as_numbers(hold):
     rows = []
-    loop = Loop(hold, on_decision=lambda record: rows.append((record.step, record.metrics())))
+    loop = Loop(hold, on_decision=lambda record: rows.append((record.step, loop.controller.metrics(record))))
     for number in range(STEPS):
         loop.step(number)
     assert [step for step, _ in rows] == [2, 4, 6, 8, 12, 16, 20, 24]

@@ -9,7 +9,6 @@ import wandb
 from transformers import TrainerCallback
 
 from llmrl import ScheduleCallback
-from llmrl.hosts.reporting import report_to_integrations
 
 
 def read_history(folder):
@@ -22,12 +21,11 @@ def read_history(folder):
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data"}.items():
-        monkeypatch.setenv(name, str(value))
+def offline(tmp_path):
+    """An offline run, which the Trainer's integration uses."""
+    run = wandb.init(mode="offline", dir=str(tmp_path), project="tests", settings=wandb.Settings(silent=True))
     yield tmp_path
-    if wandb.run is not None:
-        wandb.finish()
+    run.finish()
 
 
 def test_wandb_has_every_decision_against_the_global_step(make_trainer, offline):
@@ -44,6 +42,9 @@ def test_wandb_has_every_decision_against_the_global_step(make_trainer, offline)
     logged = {row["train/global_step"]: row["train/learning_rate"] for row in rows if "train/learning_rate" in row}
     assert logged[24] == pytest.approx(decisions[-1]["llmrl/learning_rate"])
     assert not any(name.startswith("train/llmrl") for row in rows for name in row)
+    assert any("llmrl/decisions" in name for row in rows for name in row)
+    assert any("llmrl/schedule" in name for row in rows for name in row)
+    assert (offline / "out" / "llmrl-schedule.png").stat().st_size > 1000
 
 
 def test_other_integrations_are_told_as_the_trainer_tells_them(make_trainer):
@@ -59,8 +60,9 @@ def test_other_integrations_are_told_as_the_trainer_tells_them(make_trainer):
     Told.__module__ = "transformers.integrations.something"
     inside, outside = Told(), Outside()
     inside.rows, outside.rows = [], []
-    trainer = make_trainer([inside, outside])
-    report_to_integrations(trainer, {"llmrl/level": 1.0}, 3)
-    assert inside.rows == [{"llmrl/level": 1.0}]
-    assert outside.rows == []
-    assert trainer.state.log_history[-1] == {"llmrl/level": 1.0, "step": 3}
+    trainer = make_trainer([ScheduleCallback("hold"), inside, outside])
+    trainer.train()
+    levels = [row["llmrl/level"] for row in inside.rows if "llmrl/level" in row]
+    assert levels == pytest.approx([0.0025] * 8)
+    assert not any("llmrl/level" in row for row in outside.rows)
+    assert any("loss" in row for row in outside.rows)

@@ -36,7 +36,7 @@ def whole(make_trainer, scripted):
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_a_job_that_stops_between_any_two_steps_goes_on_as_if_it_had_not(whole, make_trainer, scripted, place):
     trainer, expected, rows = whole
-    assert any(row["llmrl/rollback"] for row in rows)
+    assert any(row["llmrl/event_rollback"] for row in rows)
     for step in (1, 4, 7, 8, 9, 13, 17, 23) if place == "memory" else (7,):
         policy = scripted(ACTIONS)
         callback = ScheduleCallback(policy, snapshots=place)

@@ -125,7 +125,7 @@ def test_a_job_that_steps_inside_backward_is_steered_as_another(monkeypatch):
                 optimizer.zero_grad()
         records = controller.records
         assert not any("skipped_steps" in record.events for record in records)
-        assert all("llmrl/gradient_norm" not in record.metrics() for record in records)
+        assert (not late) or all("llmrl/gradient_norm" not in controller.metrics(record) for record in records)
         rates[kind] = [record.learning_rate for record in records]
     assert rates["DEEPSPEED"] == pytest.approx(rates["NO"], rel=1e-4)
 
