@@ -28,7 +28,10 @@ def register_environments() -> None:
             "entry_point": "llmrl_envs.noisy_quadratic:NoisyQuadraticEnv",
             "vector_entry_point": "llmrl_envs.noisy_quadratic:NoisyQuadraticVectorEnv",
         },
-        "llmrl/FineTuning-v0": {"entry_point": "llmrl_envs.fine_tuning:FineTuningEnv"},
+        "llmrl/FineTuning-v0": {
+            "entry_point": "llmrl_envs.fine_tuning:FineTuningEnv",
+            "vector_entry_point": "llmrl_envs.vector_fine_tuning:FineTuningVectorEnv",
+        },
     }
     for environment_id, arguments in entries.items():
         # A second registration of the same id is a warning in Gymnasium.

@@ -8,13 +8,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
-from llmrl_envs.interface.reward import RewardSpec, interval_reward
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.fine_tuning_settings import DEFAULT_TASKS, FineTuningSettings
+from llmrl_envs.interface.account import EpisodeAccount
+from llmrl_envs.interface.schedule import Schedule
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.interface.steering import Steering, SteeringUpdate
 from llmrl_envs.jobs.loading import Job, JobLibrary
@@ -23,9 +21,7 @@ from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import SampledTask, TaskDistribution
 from llmrl_envs.rendering import ScheduleHistory, close_window, render_history
 
-DEFAULT_TASKS: dict[str, Any] = {
-    "tasks": [{"name": "builtin-json", "data": "builtin:json", "steps": 60, "max_length": 64}],
-}
+__all__ = ["DEFAULT_TASKS", "FineTuningEnv"]
 
 
 class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
@@ -78,24 +74,18 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode: expected one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.render_mode = render_mode
-        given = DEFAULT_TASKS if tasks is None else tasks
-        self.tasks = given if isinstance(given, TaskDistribution) else TaskDistribution.model_validate(given)
-        settings = {"stack": 3, "feature_dropout": 0.0, "validation_visible": 0.0, **(observation or {})}
-        self._feature_dropout = float(settings.pop("feature_dropout"))
-        self._validation_visible = float(settings.pop("validation_visible"))
-        self.table = action_table(actions)
-        self.observation_spec = ObservationSpec(self.table, **settings)
-        self.reward_spec = RewardSpec(**(reward or {}))
-        self.schedule_settings = ScheduleSettings(**(schedule or {}))
+        self.settings = FineTuningSettings.make(tasks, actions, observation, reward, schedule)
+        self.tasks = self.settings.tasks
+        self.table = self.settings.table
+        self.observation_spec = self.settings.observation_spec
+        self.reward_spec = self.settings.reward_spec
+        self.schedule_settings = self.settings.schedule
         self._level_norm = level_norm
         self._device = device
         self._library = library
         self._references: ReferenceCurves | None = None
         self._session: FineTuningSession | None = None
-        self._over = self._diverged = False
-        low, high = self.observation_spec.bounds()
-        self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.action_space = spaces.Discrete(self.table.num_actions)
+        self.observation_space, self.action_space = self.settings.spaces()
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
 
@@ -109,31 +99,29 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             options: `job`: a `SampledTask` to run instead of drawing one.
         """
         super().reset(seed=seed)
-        sampled = _given_job(options) or self.tasks.sample(self.np_random)
-        hidden = self._draw_hidden_groups()
-        observation = self._begin(sampled, hidden)
+        drawn = self.settings.draw(self.np_random, _given_job(options))
+        self._shows_validation = drawn.shows_validation
+        observation = self._begin(drawn.sampled, drawn.hidden)
         return observation, self._info({}, carried_out=-1)
 
     def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Carries out an action and trains for one decision interval."""
         session = self._session_now()
-        if self._over:
+        if self._account.is_over:
             raise ValueError("step: expected reset() after the end of an episode, got another action")
         before = self._toggles()
         carried_out, rollback = self._steering.apply(np.array([int(action)]))
         switched, rolled_back = self._toggles() != before, bool(rollback[0])
         if rolled_back:
             session.roll_back()
-        statistics = session.run_interval(self._intervals[self._decision], self._schedule)
+        statistics = session.run_interval(self._account.num_steps, self._schedule)
         # Read now: what the interval measured changes the rate that the level means.
         rate = float(self._schedule.learning_rate(statistics.step - 1)[0])
         log_loss = self._measure()
         shown = _with_validation(statistics, log_loss) if self._shows_validation else statistics
         update = self._steering.observe(shown)
         self._keep_best(update)
-        reward = self._reward(log_loss, switched=switched, rolled_back=rolled_back)
-        self._decision += 1
-        terminated = self._over = self._diverged or self._decision == len(self._intervals)
+        reward = self._account.settle(log_loss, switched=switched, rolled_back=rolled_back)
         self._record(statistics, log_loss, rate, int(carried_out[0]))
         if self.render_mode == "human":
             self.render()
@@ -143,7 +131,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             "skipped_steps": int(statistics.skipped.sum()),
         }
         info = self._info(events, carried_out=int(carried_out[0]))
-        return update.observation[0], reward, terminated, False, info
+        return update.observation[0], reward, self._account.is_over, False, info
 
     def render(self) -> Any:
         """Draws loss and learning rate so far: uint8[H, W, 3], text, or a window."""
@@ -168,8 +156,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self._references = ReferenceCurves(self._library.curves)
         job = self._library.job(sampled.task)
         self.sampled = sampled
-        self._intervals = decision_intervals(sampled.task.steps)
-        self._reference = self._references.curve(job, sampled.seed)
+        reference = self._references.curve(job, sampled.seed)
+        self._account = EpisodeAccount(self.reward_spec, reference, sampled.task.steps)
         self._session = self._new_session(job, sampled)
         self._schedule = Schedule(
             self.table,
@@ -179,11 +167,6 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self._session.capabilities,
         )
         self._steering = Steering(self.observation_spec, self._schedule)
-        self._decision, self._over, self._diverged = 0, False, False
-        self._return = 0.0
-        # The reference began from the same weights, so its first value is this job's too: no pass over the data.
-        self._initial_log_loss = self._log_loss = self._reference[0]
-        self._scale = self.reward_spec.scale(self._initial_log_loss, self._reference[-1])
         self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
         update, weight = self._session.initial_norms()
         statistics = self._session.initial_statistics()
@@ -196,29 +179,17 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         return int(schedule.level[0]), bool(schedule.frozen[0]), bool(schedule.tight[0])
 
     def _new_session(self, job: Job, sampled: SampledTask) -> FineTuningSession:
-        share = self.reward_spec.average_intervals
-        usual = self._intervals[min(len(self._intervals) - 1, 7)]
-        return FineTuningSession(job, seed=sampled.seed, average_steps=share * usual, level_norm=self._level_norm)
+        average_steps = self.reward_spec.average_steps(self._account.intervals)
+        return FineTuningSession(job, seed=sampled.seed, average_steps=average_steps, level_norm=self._level_norm)
 
     def _session_now(self) -> FineTuningSession:
         if self._session is None:
             raise ValueError("expected reset() before step() or render(), got neither")
         return self._session
 
-    def _draw_hidden_groups(self) -> NDArray[np.bool_]:
-        """Which feature groups the next job withholds, bool[G]; as many draws whatever is configured."""
-        draws = self.np_random.random(len(GROUPS))
-        hidden = draws < self._feature_dropout
-        hidden[GROUPS.index(FeatureGroup.LOSS)] = False
-        validation = GROUPS.index(FeatureGroup.VALIDATION)
-        self._shows_validation = bool(draws[validation] < self._validation_visible)
-        hidden[validation] = not self._shows_validation
-        return np.asarray(hidden)
-
     def _measure(self) -> float:
         """Log validation loss that the reward is made of; the deployed weights count at the end."""
-        last = self._decision == len(self._intervals) - 1
-        averaged = self.reward_spec.average_intervals > 0 and not last and self._session_now().step > 0
+        averaged = self.reward_spec.average_intervals > 0 and not self._account.is_last
         loss = self._session_now().evaluate("validation", averaged=averaged).loss
         return math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf
 
@@ -226,26 +197,6 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if update.at_best[0]:
             self._session_now().mark_best()
             self._schedule.has_snapshot[:] = True
-
-    def _reward(self, log_loss: float, *, switched: bool, rolled_back: bool) -> float:
-        limit = self._initial_log_loss + self.reward_spec.divergence_rise(self._scale)
-        self._diverged = not log_loss <= limit
-        if self._diverged:
-            reward = self.reward_spec.floor(self._scale, len(self._intervals)) - self._return
-        else:
-            reward = interval_reward(
-                self.reward_spec,
-                before=self._log_loss,
-                after=log_loss,
-                scale=self._scale,
-                reference_drop=self._reference[self._decision] - self._reference[self._decision + 1],
-                switched=switched,
-                rolled_back=rolled_back,
-                budget_share=self._intervals[self._decision] / self.sampled.task.steps,
-            )
-        self._log_loss = log_loss
-        self._return += reward
-        return float(reward)
 
     def _record(self, statistics: TrainingStatistics, log_loss: float, rate: float, action: int) -> None:
         valid = statistics.loss[0][np.isfinite(statistics.loss[0])]
@@ -259,8 +210,6 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     def _info(self, events: Mapping[str, Any], carried_out: int) -> dict[str, Any]:
         """Facts of the interval: finite numbers only, and nothing that differs between two equal runs."""
-        finite = math.isfinite(self._log_loss)
-        improvement = (self._initial_log_loss - self._log_loss) / self._scale
         return {
             "action_mask": self._schedule.mask()[0].astype(np.int8),
             "action": carried_out,
@@ -271,9 +220,9 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             "given_rate": self.sampled.learning_rate,
             "learning_rate": float(self._schedule.learning_rate(self._schedule.step)[0]),
             "level": float(self._schedule.level_value()[0]),
-            "validation_loss": math.exp(min(self._log_loss, 50.0)) if finite else -1.0,
-            "score": improvement if finite and not self._diverged else self._return,
-            "diverged": self._diverged,
+            "validation_loss": self._account.validation_loss,
+            "score": self._account.score,
+            "diverged": self._account.diverged,
             "events": dict(events),
         }
 

@@ -250,7 +250,7 @@ def test_the_return_is_the_final_improvement_of_the_deployed_weights(make_env, a
     initial, final = infos[0]["validation_loss"], infos[-1]["validation_loss"]
     assert sum(rewards) == pytest.approx(infos[-1]["score"], abs=1e-9)
     assert env._session.evaluate("validation").loss == pytest.approx(final, rel=1e-9)
-    scale = max(math.log(initial) - env._reference[-1], 0.02)
+    scale = max(math.log(initial) - env._account._reference[-1], 0.02)
     assert infos[-1]["score"] == pytest.approx((math.log(initial) - math.log(final)) / scale, abs=1e-9)
 
 
@@ -308,10 +308,10 @@ def test_a_job_that_diverges_ends_below_every_other(make_env, rate, at_once):
     assert (len(rewards) == 1) == at_once
     assert last["step"] < 40
     assert [info["diverged"] for info in infos[:-1]] == [False] * (len(infos) - 1)
-    floor = env.reward_spec.floor(env._scale, len(decision_intervals(40)))
+    floor = env.reward_spec.floor(env._account.scale, len(decision_intervals(40)))
     assert sum(rewards) == last["score"] == pytest.approx(floor)
     # The worst that an episode can do without diverging is to end just at the limit.
-    assert floor < -env.reward_spec.divergence_rise(env._scale) / env._scale
+    assert floor < -env.reward_spec.divergence_rise(env._account.scale) / env._account.scale
     _, rewards, infos = play(env, options={"job": SampledTask(env.tasks.tasks[0], 0, 1e-3, 0)})
     assert sum(rewards) > floor
     assert not infos[-1]["diverged"]

@@ -10,6 +10,7 @@ noise that every schedule shares (a control variate) and makes 0 mean "as good a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,10 @@ class RewardSpec:
     def scale(self, initial: float, reference: float) -> float:
         """s = max(l_0 - l_ref, minimum_scale), in nats of log-loss."""
         return max(initial - reference, self.minimum_scale)
+
+    def average_steps(self, intervals: Sequence[int]) -> float:
+        """Time constant of the averaged weights in optimizer steps, 0 for none; the first few intervals are short."""
+        return self.average_intervals * intervals[min(len(intervals) - 1, 7)]
 
     def divergence_rise(self, scale: float) -> float:
         """Rise of the log-loss above the initial one from which a job counts as diverged."""

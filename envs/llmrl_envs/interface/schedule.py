@@ -11,7 +11,7 @@ the table of factors the learning rate is factor * base(t) * given_rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,7 +144,8 @@ class Schedule:
         total_steps: int64[E], budgets in optimizer steps.
         given_rate: float64[E], the learning rates that the jobs came with.
         settings: Base schedule, warm-up, start, limits.
-        capabilities: Update choices that the host can carry out; the others are masked.
+        capabilities: Update choices that the host can carry out, the others are masked: the same for every job, or one
+            set for each.
     """
 
     def __init__(
@@ -153,11 +154,10 @@ class Schedule:
         total_steps: Integers,
         given_rate: Floats,
         settings: ScheduleSettings | None = None,
-        capabilities: frozenset[UpdateChoice] = frozenset(UpdateChoice),
+        capabilities: frozenset[UpdateChoice] | Sequence[frozenset[UpdateChoice]] = frozenset(UpdateChoice),
     ) -> None:
         self.table = table
         self.settings = settings or ScheduleSettings()
-        self.capabilities = capabilities
         self._moves: Integers = np.array([action.move for action in table.actions], np.int64)
         self._jumps: Integers = np.array(
             [-1 if action.level is None else action.level for action in table.actions], np.int64
@@ -166,6 +166,8 @@ class Schedule:
         self._grid: Floats = np.array(table.levels, np.float64)
         lanes = len(np.atleast_1d(total_steps))
         self._allocate(lanes)
+        for_each = [capabilities] * lanes if isinstance(capabilities, frozenset) else capabilities
+        self.capable[:] = [[choice in allowed for choice in _SETTING_CHOICES] for allowed in for_each]
         self.reset(np.arange(lanes), np.atleast_1d(total_steps), np.atleast_1d(given_rate))
 
     def _allocate(self, lanes: int) -> None:
@@ -186,6 +188,7 @@ class Schedule:
         self.num_measurements: Integers = np.zeros(lanes, np.int64)
         self.grid_shift: Floats = np.ones(lanes)
         self.mode_scale: Floats = np.ones(lanes)
+        self.capable: Booleans = np.ones((lanes, len(_SETTING_CHOICES)), np.bool_)
 
     @property
     def num_lanes(self) -> int:
@@ -294,8 +297,8 @@ class Schedule:
             (UpdateChoice.TIGHTEN, np.ones(self.num_lanes, np.bool_)),
             (UpdateChoice.COOLDOWN, progress >= 0.25),
         ):
-            columns = self._choices == _SETTING_CHOICES.index(choice)
-            available[:, columns] &= allowed[:, None] & (choice in self.capabilities)
+            place = _SETTING_CHOICES.index(choice)
+            available[:, self._choices == place] &= (allowed & self.capable[:, place])[:, None]
         available[self.is_final] = False
         available[:, self.table.hold] = True
         return np.asarray(available)
@@ -309,9 +312,8 @@ class Schedule:
     @property
     def may_roll_back(self) -> Booleans:
         """Lanes in which some action can still return to a snapshot, once there is one, bool[E]."""
-        possible = UpdateChoice.ROLLBACK in self.capabilities and bool(
-            (self._choices == _SETTING_CHOICES.index(UpdateChoice.ROLLBACK)).any()
-        )
+        place = _SETTING_CHOICES.index(UpdateChoice.ROLLBACK)
+        possible = self.capable[:, place] & bool((self._choices == place).any())
         return np.asarray((self.rollbacks_left > 0) & ~self.is_final & possible)
 
     def apply(self, actions: Integers) -> tuple[Integers, Booleans]:
@@ -365,7 +367,7 @@ class Schedule:
     _STATE = (
         "step", "total_steps", "given_rate", "level", "highest_level", "decisions_since_change", "last_action",
         "frozen", "tight", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back", "weight_to_update",
-        "num_measurements", "grid_shift", "mode_scale",
+        "num_measurements", "grid_shift", "mode_scale", "capable",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:

@@ -73,6 +73,33 @@ class Steering:
         self.schedule.observe_norms(update_norm, weight_norm)
         return self.encoder.encode(statistics, self.schedule)
 
+    def begin_lanes(
+        self,
+        lanes: Integers,
+        fresh: Schedule,
+        statistics: TrainingStatistics,
+        update_norm: Floats,
+        weight_norm: Floats,
+        hidden: Booleans | None = None,
+    ) -> NDArray[np.float32]:
+        """Starts new jobs in some lanes while the others go on; their first observations, float32[len(lanes), O].
+
+        Args:
+            lanes: int64, where the jobs start.
+            fresh: Schedules of the new jobs, one for each entry of `lanes`; their state is taken over.
+            statistics: Of the new jobs, like the following ones; see `begin`.
+            update_norm: ||u||.
+            weight_norm: ||theta||.
+            hidden: Feature groups to withhold.
+        """
+        newcomers = Steering(self.spec, fresh, guarded=self._guarded)
+        observation = newcomers.begin(statistics, update_norm, weight_norm, hidden)
+        state = self.state_dict()
+        for name, value in newcomers.state_dict().items():
+            state[name][lanes] = value
+        self.load_state_dict(state)
+        return observation
+
     def apply(self, actions: Integers) -> tuple[Integers, Booleans]:
         """Carries out actions; see `Schedule.apply`."""
         return self.schedule.apply(actions)

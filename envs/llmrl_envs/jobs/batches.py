@@ -72,19 +72,22 @@ class TokenizedSplit:
             or int64[B] for classification; `token_type_ids` int64[B, L] where the tokenizer tells segments apart.
         """
         rows = np.asarray(indices, dtype=np.int64)
-        starts, ends = self._offsets[rows], self._offsets[rows + 1]
-        spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
-        shape = (len(rows), int((ends - starts).max()))
-        mask = np.zeros(shape, dtype=np.int64)
-        for row, (start, end) in enumerate(spans):
-            mask[row, : end - start] = 1
-        batch = {"input_ids": _pad(self._tokens, spans, shape, self.pad_token_id), "attention_mask": mask}
+        starts = self._offsets[rows]
+        lengths = self._offsets[rows + 1] - starts
+        positions = np.arange(int(lengths.max()), dtype=np.int64)
+        inside = positions < lengths[:, None]
+        places = np.where(inside, starts[:, None] + positions, 0)
+
+        def padded(flat: NDArray[np.int32], fill: int) -> NDArray[np.int64]:
+            return np.where(inside, flat[places], fill).astype(np.int64)
+
+        batch = {"input_ids": padded(self._tokens, self.pad_token_id), "attention_mask": inside.astype(np.int64)}
         if self._types is not None:
-            batch["token_type_ids"] = _pad(self._types, spans, shape, 0)
+            batch["token_type_ids"] = padded(self._types, 0)
         if self.is_classification:
             batch["labels"] = self._labels[rows].astype(np.int64)
         else:
-            batch["labels"] = _pad(self._labels, spans, shape, IGNORED)
+            batch["labels"] = padded(self._labels, IGNORED)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _count_targets(self) -> NDArray[np.int64]:
@@ -104,13 +107,6 @@ class TokenizedSplit:
 def _flatten(sequences: Sequence[Sequence[int]]) -> NDArray[np.int32]:
     total = sum(map(len, sequences))
     return np.fromiter(chain.from_iterable(sequences), dtype=np.int32, count=total)
-
-
-def _pad(flat: NDArray[np.int32], spans: list[tuple[int, int]], shape: tuple[int, int], fill: int) -> NDArray[np.int64]:
-    padded = np.full(shape, fill, dtype=np.int64)
-    for row, (start, end) in enumerate(spans):
-        padded[row, : end - start] = flat[start:end]
-    return padded
 
 
 def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> NDArray[np.int64]:

@@ -42,10 +42,15 @@ class ReferenceCurves:
 
         A reference that is not finite (a default rate that destroys the model) counts as no improvement from there on.
         """
-        key = f"{job.task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}"
+        key = reference_key(job, seed)
         if key not in self._curves:
             self._curves[key] = _run_reference(job, seed)
         return self._curves[key]
+
+
+def reference_key(job: Job, seed: int) -> str:
+    """What decides a reference run; jobs that share it share the curve."""
+    return f"{job.task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}"
 
 
 def _run_reference(job: Job, seed: int) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ seed and actions give the same numbers, bit for bit on a CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -105,7 +105,7 @@ class FineTuningSession:
         self._average_weight = 0.0 if average_steps <= 0 else 1.0 - float(np.exp(-1.0 / average_steps))
         self._average = [p.detach().clone() for p in self._parameters.values()] if average_steps > 0 else []
         self._best: SessionSnapshot | None = None
-        self._random_state = _seeded_state(seed + 7919 * self.parallel.rank, job.device)
+        self._random_state = seeded_random_state(seed + 7919 * self.parallel.rank, job.device)
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -298,13 +298,9 @@ class FineTuningSession:
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
         """Runs with the job's random numbers (dropout) and leaves the global generators as they were."""
-        devices = [self.job.device] if self.job.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.random.set_rng_state(self._random_state["cpu"])
-            if devices:
-                torch.cuda.set_rng_state(self._random_state["cuda"], self.job.device)
+        with own_random_state(self._random_state, self.job.device):
             yield
-            self._random_state = _current_state(self.job.device)
+            self._random_state = current_random_state(self.job.device)
 
 
 def _check_shares(batch_size: int, world_size: int) -> None:
@@ -330,14 +326,26 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _current_state(device: torch.device) -> dict[str, Tensor]:
+@contextmanager
+def own_random_state(state: Mapping[str, Tensor], device: torch.device) -> Iterator[None]:
+    """Runs from a generator state and leaves the global generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.set_rng_state(state["cpu"])
+        if devices:
+            torch.cuda.set_rng_state(state["cuda"], device)
+        yield
+
+
+def current_random_state(device: torch.device) -> dict[str, Tensor]:
+    """The global generators' states, by device type."""
     state = {"cpu": torch.random.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _seeded_state(seed: int, device: torch.device) -> dict[str, Tensor]:
+def seeded_random_state(seed: int, device: torch.device) -> dict[str, Tensor]:
     """The generator states that a seed means, without touching the global generators."""
     state = {"cpu": torch.Generator().manual_seed(seed).get_state()}
     if device.type == "cuda":

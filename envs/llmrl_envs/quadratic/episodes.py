@@ -98,16 +98,11 @@ class QuadraticEpisodes:
         self._decision[lanes], self._action[lanes], self._return[lanes] = 0, -1, 0.0
         self._diverged[lanes] = False
         self._begin_rewards(lanes, quadratics)
-        fresh = self._new_steering(lanes)
-        obs = fresh.begin(self.jobs.initial_statistics(lanes), *self.jobs.norms(lanes), self._hidden(lanes))
+        facts = (self.jobs.initial_statistics(lanes), *self.jobs.norms(lanes), self._hidden(lanes))
         if len(lanes) == self.num_envs:
-            self._steering = fresh
-        else:
-            state = self._steering.state_dict()
-            for name, value in fresh.state_dict().items():
-                state[name][lanes] = value
-            self._steering.load_state_dict(state)
-        return obs
+            self._steering = self._new_steering(lanes)
+            return self._steering.begin(*facts)
+        return self._steering.begin_lanes(lanes, self._new_schedule(lanes), *facts)
 
     def step(self, actions: Integers) -> StepResult:
         """Carries out one action in each lane and trains for one interval."""
@@ -191,9 +186,11 @@ class QuadraticEpisodes:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def _new_steering(self, lanes: Integers) -> Steering:
+        return Steering(self.observation_spec, self._new_schedule(lanes))
+
+    def _new_schedule(self, lanes: Integers) -> Schedule:
         budgets, rates = self.jobs.quadratics.total_steps[lanes], self.jobs.quadratics.given_rate[lanes]
-        schedule = Schedule(self.table, budgets, rates, self.schedule_settings, _CAPABILITIES)
-        return Steering(self.observation_spec, schedule)
+        return Schedule(self.table, budgets, rates, self.schedule_settings, _CAPABILITIES)
 
     _STATE = ("intervals", "decision", "action", "log_loss", "initial", "scale", "limit", "floor", "return", "diverged")
 

@@ -1,0 +1,145 @@
+"""Measures the updates of several jobs at once: what `StatisticsRecorder` measures for one, as vectors over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmrl_envs.jobs.population.columns import ColumnLayout
+from llmrl_envs.jobs.population.conversion import AdapterPair
+from llmrl_envs.jobs.population.optimizer import PopulationAdamW
+
+_EPSILON = 1e-30
+_MOST_ENTRIES = 2**26
+"""Entries of a temporary: more rows than fit are measured in turns."""
+
+
+class UpdateProbe:
+    """Probes of the rows of a stack.
+
+    Args:
+        layout: Columns of the parameters.
+        optimizer: Holds the moments.
+        pairs: Adapters whose effective weight change is measured; empty for plain parameters.
+    """
+
+    def __init__(self, layout: ColumnLayout, optimizer: PopulationAdamW, pairs: Sequence[AdapterPair]) -> None:
+        self._layout = layout
+        self._optimizer = optimizer
+        self._pairs = tuple(pairs)
+        paired = {name for pair in pairs for name in (pair.a, pair.b)}
+        self._plain = tuple(name for name in layout.columns if name not in paired)
+
+    def cosines(self, gradients: Tensor, start: int, stop: int, counted: Tensor) -> Tensor:
+        """Cosine of each row's gradient to the momentum of the step before, float32[M].
+
+        Args:
+            gradients: float32[C, N].
+            start: First row.
+            stop: End.
+            counted: bool[M, 2], whether the lower half and the rest have been stepped before and are not frozen.
+        """
+        products = []
+        for columns in self._parts():
+            g, m = gradients[start:stop, columns], self._optimizer.exp_avg[start:stop, columns]
+            products.append(torch.stack([torch.linalg.vecdot(*pair) for pair in ((g, m), (g, g), (m, m))]))
+        parts = torch.stack(products, dim=-1)  # [3, M, 2]
+        dot, gradient, momentum = torch.where(counted, parts, 0.0).sum(dim=-1)
+        cosine = dot / ((gradient * momentum).sqrt() + _EPSILON)
+        return torch.where(counted.any(dim=1), cosine, float("nan"))
+
+    def norms(self, weights: Tensor, start: int, stop: int, frozen: Tensor) -> Tensor:
+        """||u||, ||theta|| and the signal-to-noise ratio of each row after its step, float32[3, M].
+
+        Args:
+            weights: float32[C, N].
+            start: First row.
+            stop: End.
+            frozen: bool[M], rows whose lower half does not count.
+        """
+        size = max(1, _MOST_ENTRIES // max(self._layout.num_columns, 1))
+        found = [
+            self._norms(weights, first, min(first + size, stop), frozen[first - start : first - start + size])
+            for first in range(start, stop, size)
+        ]
+        return torch.cat(found, dim=1)
+
+    def _norms(self, weights: Tensor, start: int, stop: int, frozen: Tensor) -> Tensor:
+        rows, optimizer = slice(start, stop), self._optimizer
+        settings = optimizer.settings[rows].to(weights.device)
+        counts = optimizer.steps[rows].double()
+        correction1 = 1.0 - settings[:, :1] ** counts  # [M, 2]
+        correction2 = 1.0 - settings[:, 1:2] ** counts
+        update = torch.empty(stop - start, self._layout.num_columns, device=weights.device)
+        mean_squares, variances = [], []
+        for part, columns in enumerate(self._parts()):
+            mean, square = optimizer.exp_avg[rows, columns], optimizer.exp_avg_sq[rows, columns]
+            correction = (correction1[:, part : part + 1].float(), correction2[:, part : part + 1])
+            denominator = square.sqrt().mul_(correction[1].rsqrt().float()).add_(settings[:, 2:3].float())
+            torch.div(mean, denominator.mul_(correction[0]), out=update[:, columns])
+            mean_squares.append(torch.linalg.vecdot(mean, mean) / correction1[:, part] ** 2)
+            variances.append(square.sum(dim=1) / correction2[:, part])
+        counted = torch.stack([~frozen, torch.ones_like(frozen)], dim=1)
+        updates, sizes = self._squares(weights[rows], update)
+
+        def total(parts: Tensor) -> Tensor:
+            return torch.where(counted, parts, 0.0).sum(dim=1)
+
+        # No step taken yet, every one was skipped: nothing is known.
+        nothing = torch.where(correction2 > 0.0, 0.0, float("nan"))
+        mean_square, variance = total(torch.stack(mean_squares, dim=1)), total(torch.stack(variances, dim=1))
+        signal = (mean_square / (variance + _EPSILON)).sqrt()
+        return torch.stack([total(updates + nothing).sqrt(), total(sizes).sqrt(), signal]).float()
+
+    def _squares(self, weights: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms of update and weights, float[M, 2] each: of the lower half and of the rest."""
+        if not self._pairs:
+            parts = [(update[:, columns], weights[:, columns]) for columns in self._parts()]
+            squares = [torch.stack([torch.linalg.vecdot(x, x) for x in part]) for part in parts]
+            stacked = torch.stack(squares, dim=-1)
+            return stacked[0], stacked[1]
+        totals = torch.zeros(2, len(weights), 2, device=weights.device)
+        for name in self._plain:
+            part = 0 if self._layout.columns[name].is_lower else 1
+            for index, source in enumerate((update, weights)):
+                totals[index, :, part] += self._layout.view(source, name).flatten(1).square().sum(dim=1)
+        for pair in self._pairs:
+            part = 0 if self._layout.columns[pair.a].is_lower else 1
+            totals[0, :, part] += self._pair_square(pair, weights, update)
+            totals[1, :, part] += pair.weight_norm**2
+        return totals[0], totals[1]
+
+    def _pair_square(self, pair: AdapterPair, weights: Tensor, update: Tensor) -> Tensor:
+        """Squared Frobenius norm of `scaling * (u_b a + b u_a)` of every row, by 2r x 2r products; float[M]."""
+        a, b = (self._layout.view(weights, name) for name in (pair.a, pair.b))
+        update_a, update_b = (self._layout.view(update, name) for name in (pair.a, pair.b))
+        left = torch.cat([update_b, b], dim=2)  # [M, out, 2r]
+        right = torch.cat([a, update_a], dim=1)  # [M, 2r, in]
+        inner = torch.bmm(left.transpose(1, 2), left) * torch.bmm(right, right.transpose(1, 2))
+        return pair.scaling**2 * inner.sum(dim=(1, 2)).clamp(min=0.0)
+
+    def _parts(self) -> tuple[slice, slice]:
+        return slice(0, self._layout.lower_stop), slice(self._layout.lower_stop, self._layout.num_columns)
+
+
+def initial_norms(
+    initial: dict[str, Tensor], layout: ColumnLayout, pairs: Sequence[AdapterPair]
+) -> tuple[float, float]:
+    """||u|| and ||theta|| before the first step; see `StatisticsRecorder.initial_norms`.
+
+    Args:
+        initial: Every trained parameter as loaded.
+        layout: Columns of those that gradients reach.
+        pairs: Adapters whose effective weight change counts.
+    """
+    paired = {name for pair in pairs for name in (pair.a, pair.b)}
+    plain = [value for name, value in initial.items() if name not in paired]
+    update = float(sum(value.numel() for value in plain))
+    weight = sum(float(value.double().square().sum()) for value in plain)
+    for pair in pairs:
+        outputs = layout.columns[pair.b].shape[0]
+        update += pair.scaling**2 * outputs * float(initial[pair.a].double().square().sum())
+        weight += pair.weight_norm**2
+    return update**0.5, weight**0.5

@@ -1,0 +1,62 @@
+"""Reference runs of many jobs at once; the same curves as `ReferenceCurves` makes one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmrl_envs.interface.schedule import decision_intervals
+from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.population.members import IntervalPlan, Member
+from llmrl_envs.jobs.population.pool import PopulationPool
+from llmrl_envs.jobs.reference import WARMUP_FRACTION, given_rate_schedule, reference_key
+
+
+def run_references(pool: PopulationPool, jobs: Sequence[tuple[Job, int]]) -> None:
+    """Runs the references that are missing among those of `jobs` (job and seed), and keeps their curves."""
+    curves = pool.library.curves
+    missing = {reference_key(job, seed): (job, seed) for job, seed in jobs}
+    runs = {key: _Run(pool.add(*pair)) for key, pair in missing.items() if key not in curves}
+    under_way = list(runs.values())
+    _evaluate(pool, under_way)
+    while under_way := [run for run in under_way if not run.is_over]:
+        pool.run_interval([run.plan() for run in under_way])
+        _evaluate(pool, under_way)
+    for key, run in runs.items():
+        curves[key] = tuple(run.curve)
+        pool.remove(run.member)
+
+
+class _Run:
+    """A linear decay from the task's default rate."""
+
+    def __init__(self, member: Member) -> None:
+        task = member.job.task
+        self.member = member
+        self.curve: list[float] = []
+        self._intervals = decision_intervals(task.steps)
+        self._schedule = given_rate_schedule("linear", task.steps, task.learning_rate, WARMUP_FRACTION)
+
+    @property
+    def is_over(self) -> bool:
+        """The budget is used up."""
+        return len(self.curve) == len(self._intervals) + 1
+
+    def plan(self) -> IntervalPlan:
+        """The next interval."""
+        steps = range(self.member.step, self.member.step + self._intervals[len(self.curve) - 1])
+        rates = np.array([float(self._schedule.learning_rate(np.array([step]))[0]) for step in steps])
+        return IntervalPlan(self.member, rates, self.member.job.task.optimizer.max_grad_norm, probe=False)
+
+    def note(self, loss: float) -> None:
+        """Takes in a validation loss; one that is not finite counts as no improvement."""
+        finite = math.isfinite(loss) or not self.curve
+        self.curve.append(math.log(max(loss, 1e-12)) if finite else self.curve[0])
+
+
+def _evaluate(pool: PopulationPool, runs: Sequence[_Run]) -> None:
+    found = pool.evaluate([run.member for run in runs], "validation", [False] * len(runs))
+    for run, evaluation in zip(runs, found, strict=True):
+        run.note(evaluation.loss)

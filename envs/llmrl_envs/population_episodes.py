@@ -1,0 +1,306 @@
+"""Episodes of a population of fine-tuning jobs: steering, jobs and rewards kept in step. Resets no lane by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmrl_envs.fine_tuning_settings import DrawnJob, FineTuningSettings
+from llmrl_envs.interface.account import EpisodeAccount
+from llmrl_envs.interface.action import UpdateChoice
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TrainingStatistics
+from llmrl_envs.interface.steering import Steering
+from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.jobs.population.members import IntervalPlan, IntervalResult, Member
+from llmrl_envs.jobs.population.pool import PopulationPool
+from llmrl_envs.jobs.population.references import run_references
+from llmrl_envs.jobs.reference import reference_key
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one decision brought.
+
+    Attributes:
+        obs: float32[P, O].
+        reward: float64[P].
+        terminated: bool[P].
+        events: Facts of the interval, arrays of leading dimension P.
+    """
+
+    obs: NDArray[np.float32]
+    reward: Floats
+    terminated: Booleans
+    events: dict[str, NDArray[Any]]
+
+
+@dataclass
+class _Lane:
+    """An episode under way."""
+
+    drawn: DrawnJob
+    member: Member
+    account: EpisodeAccount
+    capabilities: frozenset[UpdateChoice]
+
+
+class PopulationEpisodes:
+    """P episodes.
+
+    Args:
+        num_envs: P.
+        settings: What the environment was made with.
+        library: Loads models and data.
+        level_norm: As for `FineTuningSession`.
+        group_size: Lanes of a group; the first one of each always holds, unless it is alone.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        settings: FineTuningSettings,
+        library: JobLibrary,
+        *,
+        level_norm: str = "effective",
+        group_size: int = 1,
+    ) -> None:
+        self.num_envs = num_envs
+        self._settings = settings
+        self._library = library
+        averaged = settings.reward_spec.average_intervals > 0
+        self.pool = PopulationPool(library, level_norm=level_norm, averaged=averaged)
+        self._lanes: list[_Lane | None] = [None] * num_envs
+        self._action: Integers = np.full(num_envs, -1, np.int64)
+        self._steering = Steering(settings.observation_spec, self._schedule_of([1] * num_envs, [1.0] * num_envs, None))
+        members: Integers = np.arange(num_envs)
+        self._holds: Booleans = np.asarray((members % group_size == 0) & (group_size > 1))
+
+    # -- beginning ------------------------------------------------------------------------------------------------
+
+    def clear(self, seed: int) -> None:
+        """Ends all episodes; dropout is seeded anew."""
+        self.pool.clear(seed)
+        self._lanes = [None] * self.num_envs
+
+    def drawn(self, lane: int) -> DrawnJob:
+        """What a lane's episode was begun with."""
+        return self._lane(lane).drawn
+
+    def parameters(self, lane: int) -> dict[str, Tensor]:
+        """The trained parameters of a lane's job, as views."""
+        return self.pool.parameters(self._lane(lane).member)
+
+    def lacks_reference(self, drawn: Sequence[DrawnJob]) -> bool:
+        """Whether a reference run of one of these jobs has not been made."""
+        keys = [reference_key(self._library.job(d.sampled.task), d.sampled.seed) for d in drawn]
+        return any(key not in self._library.curves for key in keys)
+
+    def make_references(self, drawn: Sequence[DrawnJob]) -> None:
+        """Makes the reference runs of jobs that lack them, at most P at a time."""
+        jobs = [(self._library.job(d.sampled.task), d.sampled.seed) for d in drawn]
+        for first in range(0, len(jobs), self.num_envs):
+            run_references(self.pool, jobs[first : first + self.num_envs])
+
+    def begin(self, lanes: Sequence[int], drawn: Sequence[DrawnJob]) -> NDArray[np.float32]:  # [len(lanes), O]
+        """Starts one job in each of `lanes`, whose reference runs have been made; returns their first observations."""
+        for lane in lanes:
+            if (present := self._lanes[lane]) is not None:
+                self.pool.remove(present.member)
+        begun = [self._new_lane(job) for job in drawn]
+        for lane, new in zip(lanes, begun, strict=True):
+            self._lanes[lane] = new
+        self._action[list(lanes)] = -1
+        schedule = self._schedule_of(
+            [new.drawn.sampled.task.steps for new in begun],
+            [new.drawn.sampled.learning_rate for new in begun],
+            [new.capabilities for new in begun],
+        )
+        sessions = [self.pool.session_of(new.member) for new in begun]
+        norms = np.array([session.initial_norms() for session in sessions])
+        parts = [session.initial_statistics(new.member) for session, new in zip(sessions, begun, strict=True)]
+        statistics = TrainingStatistics(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+        )
+        hidden = np.stack([new.drawn.hidden for new in begun])
+        return self._steering.begin_lanes(np.array(lanes), schedule, statistics, norms[:, 0], norms[:, 1], hidden)
+
+    def _new_lane(self, drawn: DrawnJob) -> _Lane:
+        sampled, spec = drawn.sampled, self._settings.reward_spec
+        job = self._library.job(sampled.task)
+        curve = self._library.curves[reference_key(job, sampled.seed)]
+        account = EpisodeAccount(spec, curve, sampled.task.steps)
+        average_steps = spec.average_steps(account.intervals)
+        member = self.pool.add(job, sampled.seed, average_steps=average_steps)
+        return _Lane(drawn, member, account, self.pool.session_of(member).capabilities(member))
+
+    def _schedule_of(
+        self, steps: Sequence[int], rates: Sequence[float], capabilities: Sequence[frozenset[UpdateChoice]] | None
+    ) -> Schedule:
+        allowed = frozenset(UpdateChoice) if capabilities is None else capabilities
+        table, settings = self._settings.table, self._settings.schedule
+        return Schedule(table, np.array(steps), np.array(rates), settings, allowed)
+
+    def _lane(self, lane: int) -> _Lane:
+        found = self._lanes[lane]
+        if found is None:
+            raise ValueError("expected reset() before anything else, got neither")
+        return found
+
+    # -- stepping -------------------------------------------------------------------------------------------------
+
+    def step(self, actions: Integers) -> StepResult:
+        """Carries out one action in each lane and trains for one interval."""
+        schedule, lanes = self._steering.schedule, [self._lane(lane) for lane in range(self.num_envs)]
+        if np.shape(actions) == self._holds.shape:
+            actions = np.where(self._holds, self._settings.table.hold, actions)
+        before = (schedule.level, schedule.frozen.copy(), schedule.tight.copy())
+        self._action, rollback = self._steering.apply(actions)
+        after = (schedule.level, schedule.frozen, schedule.tight)
+        switched = np.any([old != new for old, new in zip(before, after, strict=True)], axis=0)
+        self.pool.roll_back([lane.member for lane, back in zip(lanes, rollback, strict=True) if back])
+        plans = self._plans(lanes)
+        results = self.pool.run_interval(plans)
+        log_losses = self._measure(lanes)
+        statistics = self._statistics(lanes, plans, results, log_losses)
+        update = self._steering.observe(statistics)
+        self.pool.mark_best([lane.member for lane, best in zip(lanes, update.at_best, strict=True) if best])
+        schedule.has_snapshot |= update.at_best
+        reward = [
+            lane.account.settle(loss, switched=bool(switched[index]), rolled_back=bool(rollback[index]))
+            for index, (lane, loss) in enumerate(zip(lanes, log_losses, strict=True))
+        ]
+        terminated = np.array([lane.account.is_over for lane in lanes])
+        events = {
+            "rollback": rollback.copy(),
+            "fallback": update.fell_back.copy(),
+            "skipped_steps": statistics.skipped.sum(axis=1).astype(np.int64),
+        }
+        return StepResult(update.observation, np.array(reward), terminated, events)
+
+    def _plans(self, lanes: Sequence[_Lane]) -> list[IntervalPlan]:
+        schedule = self._steering.schedule
+        lengths = [lane.account.num_steps for lane in lanes]
+        places: Integers = np.arange(max(lengths))
+        rates = schedule.learning_rate(schedule.step + places[:, None])
+        tightening = schedule.clipping_factor()
+        return [
+            IntervalPlan(
+                lane.member,
+                rates[: lengths[index], index].copy(),
+                lane.drawn.sampled.task.optimizer.max_grad_norm * float(tightening[index]),
+                bool(schedule.frozen[index]),
+            )
+            for index, lane in enumerate(lanes)
+        ]
+
+    def _measure(self, lanes: Sequence[_Lane]) -> list[float]:
+        """Log validation losses that rewards are made of; the deployed weights count at the end of a job."""
+        averaging = self._settings.reward_spec.average_intervals > 0
+        averaged = [averaging and not lane.account.is_last for lane in lanes]
+        found = self.pool.evaluate([lane.member for lane in lanes], "validation", averaged)
+        losses = [evaluation.loss for evaluation in found]
+        return [math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf for loss in losses]
+
+    def _statistics(
+        self,
+        lanes: Sequence[_Lane],
+        plans: Sequence[IntervalPlan],
+        results: Sequence[IntervalResult],
+        log_losses: Sequence[float],
+    ) -> TrainingStatistics:
+        longest = max(len(plan.rates) for plan in plans)
+        loss, norm = (np.full((self.num_envs, longest), np.nan) for _ in range(2))
+        taken = np.zeros((self.num_envs, longest), np.bool_)
+        for index, result in enumerate(results):
+            count = len(result.loss)
+            loss[index, :count], norm[index, :count], taken[index, :count] = result.loss, result.gradient_norm, True
+        finite = np.isfinite(loss) & np.isfinite(norm)
+        update = np.array([result.update_norm for result in results])
+        weight = np.array([result.weight_norm for result in results])
+        mean_rate = np.array([float(plan.rates.mean()) for plan in plans])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            step_size = np.where(weight > 0, mean_rate * update / weight, np.nan)
+        shown = [lane.drawn.shows_validation for lane in lanes]
+        validation = [math.exp(min(log_loss, 50.0)) for log_loss in log_losses]
+        sessions = [self.pool.session_of(lane.member) for lane in lanes]
+        return TrainingStatistics(
+            step=np.array([lane.member.step for lane in lanes], np.int64),
+            total_steps=np.array([lane.member.job.task.steps for lane in lanes], np.int64),
+            num_steps=np.array([len(plan.rates) for plan in plans], np.int64),
+            loss=np.where(finite, loss, np.nan),
+            gradient_norm=np.where(finite, norm, np.nan),
+            clipped=finite & (norm > np.array([plan.limit for plan in plans])[:, None]),
+            skipped=taken & ~finite,
+            update_norm=update,
+            weight_norm=weight,
+            step_size=step_size,
+            momentum_cosine=np.array([result.momentum_cosine for result in results]),
+            signal_to_noise=np.array([result.signal_to_noise for result in results]),
+            validation_loss=np.where(shown, validation, np.nan),
+            mode=np.array([int(session.mode) for session in sessions], np.int64),
+            trainable_fraction=np.array([session.trainable_fraction for session in sessions]),
+        )
+
+    def info(self) -> dict[str, NDArray[Any]]:
+        """Facts of every lane, arrays of leading dimension P, all of them new."""
+        schedule, lanes = self._steering.schedule, [self._lane(lane) for lane in range(self.num_envs)]
+        mask = schedule.mask()
+        mask[self._holds] = False
+        mask[self._holds, self._settings.table.hold] = True
+        return {
+            "action_mask": mask.astype(np.int8),
+            "action": self._action.copy(),
+            "task": np.array([lane.drawn.sampled.task.name for lane in lanes], dtype=object),
+            "step": schedule.step.copy(),
+            "total_steps": schedule.total_steps.copy(),
+            "seed": np.array([lane.drawn.sampled.seed for lane in lanes]),
+            "given_rate": schedule.given_rate.copy(),
+            "learning_rate": schedule.learning_rate(schedule.step),
+            "level": schedule.level_value(),
+            "validation_loss": np.array([lane.account.validation_loss for lane in lanes]),
+            "score": np.array([lane.account.score for lane in lanes]),
+            "diverged": np.array([lane.account.diverged for lane in lanes]),
+        }
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, drawn_state: Callable[[DrawnJob], dict[str, Any]]) -> dict[str, Any]:
+        """Where every episode stands: JSON values and NumPy arrays.
+
+        Args:
+            drawn_state: Tells a drawn job as JSON values.
+        """
+        lanes = [self._lane(lane) for lane in range(self.num_envs)]
+        return {
+            "lanes": [{"drawn": drawn_state(lane.drawn), "account": lane.account.state_dict()} for lane in lanes],
+            "action": self._action.copy(),
+            "steering": self._steering.state_dict(),
+            "curves": {key: list(curve) for key, curve in self._library.curves.items()},
+            "pool": self.pool.state_dict({lane.member: index for index, lane in enumerate(lanes)}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], drawn_from: Callable[[Mapping[str, Any]], DrawnJob]) -> None:
+        """Goes on where `state_dict` was called.
+
+        Args:
+            state: What it gave.
+            drawn_from: Undoes `drawn_state`.
+        """
+        self._library.curves.update({key: tuple(curve) for key, curve in state["curves"].items()})
+        drawn = [drawn_from(saved["drawn"]) for saved in state["lanes"]]
+        tasks = {index: (job.sampled.task, job.sampled.seed) for index, job in enumerate(drawn)}
+        members = self.pool.load_state_dict(state["pool"], tasks)
+        spec = self._settings.reward_spec
+        for index, (job, saved) in enumerate(zip(drawn, state["lanes"], strict=True)):
+            account = EpisodeAccount.from_state(spec, job.sampled.task.steps, saved["account"])
+            member = members[index]
+            self._lanes[index] = _Lane(job, member, account, self.pool.session_of(member).capabilities(member))
+        self._action = np.array(state["action"], np.int64)
+        self._steering.load_state_dict(state["steering"])

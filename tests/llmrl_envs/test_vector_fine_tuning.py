@@ -1,0 +1,305 @@
+"""The population as a vector environment: equal to single environments, and Gymnasium's conventions."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from llmrl_envs.errors import UserError
+from llmrl_envs.fine_tuning import FineTuningEnv
+from llmrl_envs.jobs import session
+from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.jobs.population import session as population
+from llmrl_envs.jobs.task import SampledTask
+from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
+
+from llmrl.dqn.lanes import lane_info
+
+TASK = {
+    "name": "tiny", "data": {"train": "builtin:json", "max_examples": 80}, "steps": 14, "max_length": 16,
+    "batch_size": 2, "validation_examples": 4, "learning_rate": 1e-3,
+    "optimizer": {"weight_decay": 0.1, "max_grad_norm": 0.5},
+}  # fmt: skip
+LONGER = {**TASK, "name": "longer", "steps": 20, "batch_size": 3, "gradient_accumulation": 2, "max_length": 12}
+LORA = {**TASK, "name": "adapters", "mode": "lora"}
+ID = "llmrl_envs:llmrl/FineTuning-v0"
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def library():
+    return JobLibrary("cpu")
+
+
+def tasks_of(*tasks, **distribution):
+    return {"tasks": list(tasks), "num_seeds": 2, **distribution}
+
+
+def relative(got, wanted):
+    """Distance of two tensors, relative to the length of the second."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(got - wanted) / (np.linalg.norm(wanted) + 1e-12))
+
+
+class Watched:
+    """P single environments that restart at once, like the lanes of a population."""
+
+    def __init__(self, num_envs, tasks, seed, library, **arguments):
+        self.envs = [FineTuningEnv(tasks, library=JobLibrary("cpu"), **arguments) for _ in range(num_envs)]
+        for env in self.envs:
+            env._library.curves = library.curves
+        self.last = [env.reset(seed=seed + lane) for lane, env in enumerate(self.envs)]
+
+    def step(self, actions):
+        """Observation, reward, terminated and info of each, and what began anew."""
+        found = []
+        for lane, env in enumerate(self.envs):
+            observation, reward, terminated, _, info = env.step(actions[lane])
+            parameters = {name: p.detach().clone() for name, p in env._session._parameters.items()}
+            if terminated:
+                self.last[lane] = env.reset()
+            else:
+                self.last[lane] = (observation, info)
+            found.append((observation, reward, terminated, info, parameters))
+        return found
+
+
+def chosen_actions(rng, masks, decision, names):
+    """At random, with many freezes and rollbacks among them."""
+    actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+    for lane, mask in enumerate(masks):
+        for wanted, now in (("freeze", decision % 7 == 2), ("rollback", decision % 5 == 4)):
+            if now and mask[names.index(wanted)] and lane % 2:
+                actions[lane] = names.index(wanted)
+    return actions
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Training batches with a sequence that begins with a space have an infinite loss with finite gradients."""
+    space = 32
+    batch_loss, sequence_losses = session.batch_loss, population.sequence_losses
+
+    def of_batch(model, batch, **arguments):
+        found = batch_loss(model, batch, **arguments)
+        bad = torch.is_grad_enabled() and bool((batch["input_ids"][:, 0] == space).any())
+        return dataclasses.replace(found, loss=found.loss + (math.inf if bad else 0.0))
+
+    def of_sequences(model, sequences, **arguments):
+        found = sequence_losses(model, sequences, **arguments)
+        bad = (sequences.tokens[..., 0] == space).any(dim=-1) & torch.is_grad_enabled()
+        return dataclasses.replace(found, loss=found.loss + torch.where(bad, math.inf, 0.0))
+
+    monkeypatch.setattr(session, "batch_loss", of_batch)
+    monkeypatch.setattr(population, "sequence_losses", of_sequences)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("tasks", "arguments"),
+    [
+        ([TASK], {}),
+        ([LORA], {}),
+        ([TASK, LONGER, LORA], {"level_norm": "adapters", "reward": {"average_intervals": 0.5, "switch_cost": 0.01}}),
+    ],
+    ids=["full", "lora", "mixed"],
+)
+def test_lanes_equal_single_environments(tasks, arguments, library):
+    """Sixty decisions with freezes, rollbacks, skipped steps, diverging jobs and restarts among them."""
+    lanes, seed = 3, 12
+    # A third of the jobs keep a given rate that is 300 times too high, and diverge.
+    distribution = tasks_of(*tasks, learning_rate_log10_range=[2.5, 2.5], default_rate_probability=0.7)
+    arguments |= {
+        "observation": {"feature_dropout": 0.2, "validation_visible": 0.5},
+        "schedule": {"start": "given"},
+        "device": "cpu",
+    }
+    vector = FineTuningVectorEnv(lanes, distribution, library=library, **arguments)
+    obs, infos = vector.reset(seed=seed)
+    singles = Watched(lanes, distribution, seed, library, **arguments)
+    rng, seen, worst = np.random.default_rng(3), Counter(), 0.0
+    for decision in range(60):
+        np.testing.assert_allclose(obs, [pair[0] for pair in singles.last], rtol=TOLERANCE, atol=TOLERANCE)
+        np.testing.assert_array_equal(infos["action_mask"], [pair[1]["action_mask"] for pair in singles.last])
+        actions = chosen_actions(rng, infos["action_mask"], decision, vector.table.names)
+        obs, rewards, terminations, _, infos = vector.step(actions)
+        for lane, (last, reward, terminated, info, parameters) in enumerate(singles.step(actions)):
+            assert terminated == terminations[lane]
+            assert rewards[lane] == pytest.approx(reward, rel=TOLERANCE, abs=TOLERANCE)
+            mine = lane_info(infos["final_info"] if terminated else infos, lane)
+            assert mine["events"] == info["events"]
+            # A job that flies apart multiplies rounding errors; that it does, and what it is paid, is the same.
+            allowed = 1e-2 if info["diverged"] else TOLERANCE
+            assert mine["validation_loss"] == pytest.approx(info["validation_loss"], rel=allowed)
+            seen.update(rollback=info["events"]["rollback"], skipped=info["events"]["skipped_steps"])
+            seen.update(diverged=info["diverged"], finished=terminated and not info["diverged"])
+            seen.update(freeze=vector.table.names[info["action"]] == "freeze")
+            if terminated:
+                np.testing.assert_allclose(infos["final_obs"][lane], last, rtol=allowed, atol=allowed)
+                continue
+            trained = vector.parameters(lane)
+            assert set(trained) == set(parameters)
+            worst = max(worst, *(relative(trained[name], value) for name, value in parameters.items()))
+    assert worst <= TOLERANCE
+    assert min(seen[name] for name in ("rollback", "skipped", "diverged", "finished", "freeze")) >= 2
+
+
+# -- conventions ----------------------------------------------------------------------------------------------------
+
+
+def small(library, lanes=3, *tasks, distribution=None, **arguments):
+    distribution = tasks_of(*(tasks or (TASK,)), **(distribution or {}))
+    return FineTuningVectorEnv(lanes, distribution, device="cpu", library=library, **arguments)
+
+
+def play(env, decisions, *, seed=0, reset=True):
+    """Random available actions; everything that was returned."""
+    rng, trace = np.random.default_rng(seed), []
+    if reset:
+        obs, infos = env.reset(seed=seed)
+        trace.append((obs.tobytes(), repr(infos)))
+        mask = infos["action_mask"]
+    else:
+        mask = env._episodes.info()["action_mask"]
+    for _ in range(decisions):
+        result = env.step(np.array([rng.choice(np.flatnonzero(row)) for row in mask]))
+        mask = result[4]["action_mask"]
+        trace.append((result[0].tobytes(), result[1].tobytes(), result[2].tobytes(), repr(result[4])))
+    return trace
+
+
+def test_gymnasium_makes_it_by_default_and_processes_on_demand():
+    tasks = tasks_of({**TASK, "steps": 4})
+    env = gymnasium.make_vec(ID, num_envs=2, tasks=tasks, device="cpu")
+    assert isinstance(env.unwrapped, FineTuningVectorEnv)
+    assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    processes = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="async", tasks=tasks, device="cpu")
+    assert isinstance(processes, gymnasium.vector.AsyncVectorEnv)
+    assert processes.single_observation_space == env.single_observation_space
+    processes.close(terminate=True)
+
+
+def test_it_keeps_to_the_conventions_of_vector_environments(library):
+    env = small(library)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros(3, np.int64))
+    obs, infos = env.reset(seed=[3, None, 5])
+    assert obs in env.observation_space
+    assert obs.dtype == np.float32
+    kept = obs.copy(), {name: value.copy() for name, value in infos.items()}
+    hold, ended, steps = env.table.hold, False, 0
+    while not ended:
+        actions = np.full(3, hold)
+        assert actions in env.action_space
+        later, rewards, terminations, truncations, new_infos = env.step(actions)
+        assert later in env.observation_space
+        assert (rewards.dtype, terminations.dtype, truncations.dtype) == (np.float64, np.bool_, np.bool_)
+        assert all(new_infos[f"_{key}"].all() for key in ("action_mask", "validation_loss", "events"))
+        ended, steps = bool(terminations.any()), steps + 1
+        assert ("final_obs" in new_infos) == ended
+    assert new_infos["step"][terminations].tolist() == [0] * int(terminations.sum())
+    lane = int(np.flatnonzero(terminations)[0])
+    assert new_infos["final_obs"][lane] in env.single_observation_space
+    assert new_infos["final_info"]["step"][lane] == TASK["steps"]
+    assert lane_info(new_infos["final_info"], lane)["task"] == "tiny"
+    np.testing.assert_array_equal(obs, kept[0])
+    for name, value in kept[1].items():
+        np.testing.assert_array_equal(infos[name], value)
+    with pytest.raises(ValueError, match=r"expected int64\[3\]"):
+        env.step(np.zeros(2, np.int64))
+    env.close()
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros(3, np.int64))
+
+
+def test_fresh_environments_repeat_each_other_bit_for_bit(library):
+    distribution = {"steps_range": [6, 12]}
+    first = play(small(library, 3, TASK, LORA, distribution=distribution), 9, seed=4)
+    used = small(JobLibrary("cpu"), 3, TASK, LORA, distribution=distribution)
+    play(used, 5, seed=9)
+    torch.manual_seed(7)
+    assert play(used, 9, seed=4) == first
+
+
+def test_going_on_from_a_saved_state_equals_never_having_stopped(library):
+    def make(library):
+        reward = {"average_intervals": 0.5}
+        distribution = {"steps_range": [6, 16]}
+        return small(library, 3, TASK, LORA, LONGER, distribution=distribution, reward=reward)
+
+    env = make(library)
+    play(env, 13, seed=2)
+    saved = env.state_dict()
+    expected = play(env, 14, seed=6, reset=False)
+    fresh = make(JobLibrary("cpu"))
+    fresh.load_state_dict(saved)
+    assert play(fresh, 14, seed=6, reset=False) == expected
+    with pytest.raises(ValueError, match="expected 2 environments, got 3"):
+        small(library, 2).load_state_dict(saved)
+
+
+def test_jobs_can_be_given(library):
+    env = small(library, 2)
+    task = env.tasks.tasks[0].with_steps(6)
+    jobs = [SampledTask(task, 0, 0.01, 0), SampledTask(task.with_steps(4), 0, 0.02, 1)]
+    _, infos = env.reset(options={"jobs": jobs})
+    assert infos["given_rate"].tolist() == [0.01, 0.02]
+    assert infos["total_steps"].tolist() == [6, 4]
+    assert infos["seed"].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="2 SampledTasks"):
+        env.reset(options={"jobs": jobs[:1]})
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_shares_its_job_and_the_first_lane_holds(library):
+    env = small(
+        library,
+        6,
+        TASK,
+        {**TASK, "name": "other", "data": "builtin:email"},
+        groups=3,
+        reward={"divergence_margin": 50.0},
+    )
+    _, infos = env.reset(seed=1)
+    hold, restarts = env.table.hold, 0
+    for _ in range(16):
+        for first in (0, 3):
+            for key in ("task", "seed", "given_rate", "total_steps", "step"):
+                assert len(set(infos[key][first : first + 3].tolist())) == 1
+            assert np.flatnonzero(infos["action_mask"][first]).tolist() == [hold]
+        _, _, terminations, _, infos = env.step(np.array([0, 3, hold, 0, hold, 4]))
+        assert infos["action"][[0, 3]].tolist() in ([hold, hold], [-1, -1])
+        restarts += int(terminations.sum())
+    assert restarts >= 12
+
+
+def test_a_job_that_diverged_begins_its_groups_job_again(library):
+    env = small(library, 2, groups=2)
+    env.reset(seed=1)
+    env.step(np.full(2, env.table.hold))
+    env._episodes._lane(1).account.initial_log_loss = -10.0
+    _, _, terminations, _, infos = env.step(np.full(2, env.table.hold))
+    assert terminations.tolist() == [False, True]
+    assert infos["final_info"]["diverged"][1]
+    assert infos["step"].tolist() == [4, 0]
+    assert [len(set(infos[key].tolist())) for key in ("seed", "given_rate", "task")] == [1, 1, 1]
+
+
+def test_members_of_a_group_with_the_same_actions_do_the_same(library):
+    env = small(library, 2, groups=2)
+    env.reset(seed=3)
+    for _ in range(5):
+        obs, rewards, *_ = env.step(np.full(2, env.table.hold))
+        np.testing.assert_allclose(obs[0], obs[1], atol=1e-5)
+        assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+
+
+def test_a_group_that_does_not_divide_the_population_is_refused():
+    with pytest.raises(UserError, match="divisor of 4"):
+        FineTuningVectorEnv(4, tasks_of(TASK), groups=3)
