@@ -11,7 +11,7 @@ the table of factors the learning rate is factor * base(t) * given_rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,7 +166,7 @@ class Schedule:
         self._grid: Floats = np.array(table.levels, np.float64)
         lanes = len(np.atleast_1d(total_steps))
         self._allocate(lanes)
-        for_each = [capabilities] * lanes if isinstance(capabilities, frozenset) else capabilities
+        for_each = [capabilities] * lanes if isinstance(capabilities, Set) else capabilities
         self.capable[:] = [[choice in allowed for choice in _SETTING_CHOICES] for allowed in for_each]
         self.reset(np.arange(lanes), np.atleast_1d(total_steps), np.atleast_1d(given_rate))
 
