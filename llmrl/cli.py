@@ -143,22 +143,54 @@ def finetune(
 
 @app.command()
 def compare(
-    config: ConfigOption,
+    output: OutputOption,
+    config: OptionalConfigOption = None,
     policy: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
             "--policy",
             "-p",
             help="Folder, Hub id or artifact (wandb:entity/project/name:alias) of a policy, or 'default'.",
         ),
-    ],
-    output: OutputOption,
-    overrides: Overrides = None,
+    ] = None,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE | DIR]...",
+            help="Overrides of the configuration; further directories after --from-runs.",
+            show_default=False,
+        ),
+    ] = None,
     wandb: WandbOption = None,
     trackers: TrackersOption = None,
+    from_runs: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--from-runs", help="Run directories of `llmrl finetune`, or directories of such, instead."),
+    ] = None,
+    from_wandb: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--from-wandb", help="entity/project whose runs are compared instead; needs --group."),
+    ] = None,
+    group: Annotated[Optional[str], typer.Option("--group", help="Group of the runs of --from-wandb.")] = None,  # noqa: UP045
 ) -> None:
-    """Compare a policy with the usual schedules, over tasks, starting rates and seeds."""
+    """Compare a policy with the usual schedules, over tasks, starting rates and seeds; or runs that exist already."""
     with reported_failures(f"stopped; finished runs stay in {output}"):
+        if from_runs or from_wandb or group:
+            from llmrl.compare.sources import ExistingRuns, compare_sources
+
+            source = ExistingRuns(tuple(from_runs or ()), tuple(overrides or ()), from_wandb, group)
+            tracking = _tracking(wandb, trackers)
+            compare_sources(source, output=output, tracking=tracking, others=(config, policy))
+            return
+        if config is None or policy is None:
+            from llmrl_envs.errors import UserError
+
+            raise UserError(
+                "what is compared?",
+                expected="--config and --policy; or --from-runs DIR...; or --from-wandb entity/project --group G",
+                got=" ".join(name for name, value in (("--config", config), ("--policy", policy)) if value)
+                or "neither",
+            )
         settings = _load("compare", config, overrides, wandb, trackers)
         from llmrl.compare.runner import compare as run
 
@@ -266,10 +298,13 @@ def _load(
 ) -> Any:
     from llmrl.config_loading import load_config
 
-    tracking = [] if wandb is None else [f"tracking.wandb={wandb.value}"]
-    if trackers is not None:
-        tracking.append(f"tracking.trackers=[{trackers}]")
-    return load_config(kind, path, [*(overrides or []), *tracking])
+    return load_config(kind, path, [*(overrides or []), *_tracking(wandb, trackers)])
+
+
+def _tracking(wandb: WandbChoice | None, trackers: str | None) -> list[str]:
+    """The overrides that the options about tracking stand for."""
+    overrides = [] if wandb is None else [f"tracking.wandb={wandb.value}"]
+    return overrides if trackers is None else [*overrides, f"tracking.trackers=[{trackers}]"]
 
 
 def _value(choice: StrEnum | None) -> Any:

@@ -6,20 +6,27 @@ every mistake at once. Models are frozen and refuse unknown keys. Nothing here i
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule import BASE_NAMES, ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from llmrl.dqn.config import FLAGS_READ, PRESETS, DQNConfig, PresetName
+from llmrl.policy_reference import DEFAULT, HOLD
 
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
+
+METHOD_NAMES = ("policy", HOLD, DEFAULT, *BASE_NAMES)
+"""Methods of a comparison that have names; any other is the reference of a policy."""
 
 _UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device")}
 _UNREAD_ELSEWHERE = ("tasks", "device", "actions", "observation", "reward", "schedule")
@@ -33,6 +40,10 @@ Positive: TypeAlias = Annotated[float, Field(gt=0.0)]
 
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _is_policy_path(name: str) -> bool:
+    return "/" in name or "\\" in name or Path(name).is_dir()
 
 
 def section_fields(annotation: Any) -> dict[str, Any]:
@@ -309,6 +320,21 @@ class CompareConfig(Settings):
         if isinstance(value, int) and not isinstance(value, bool):
             return tuple(range(value))
         return value
+
+    @field_validator("methods")
+    @classmethod
+    def _check_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in METHOD_NAMES and not _is_policy_path(name)]
+        if not unknown:
+            return value
+        nearest = {name: difflib.get_close_matches(name, METHOD_NAMES, n=1) for name in unknown}
+        hints = "".join(f"; did you mean {close[0]!r}?" for close in nearest.values() if close)
+        raise UserError(
+            f"unknown method{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}{hints}",
+            expected=f"{', '.join(METHOD_NAMES)}, or a policy's folder, Hub id or artifact",
+            got=", ".join(map(repr, value)),
+            where="methods",
+        )
 
     @field_validator("methods", "seeds", "learning_rate_factors", "oracle_factors")
     @classmethod

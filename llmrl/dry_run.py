@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.schedule import Schedule, decision_intervals
+from llmrl_envs.interface.schedule import BASE_NAMES, Schedule, decision_intervals
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.session import FineTuningSession
@@ -103,19 +103,33 @@ def tasks_of(config: Settings) -> tuple[FineTuningTask, ...]:
 def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:
     """Wall time of the whole command, from the time of a job of each task; learning and plots not counted.
 
-    A training evaluates at every decision and runs a reference for each task and seed; a comparison runs every method
-    from every rate and seed, and the sweep.
+    A training evaluates at every decision and runs a reference for each task and seed; for a comparison see
+    `num_compared_runs`.
     """
     if not trials:
         return float("nan")
     if isinstance(config, TrainConfig):
         return _training_seconds(config, trials)
     if isinstance(config, CompareConfig):
-        per_task = len(config.seeds) * (
-            len(config.methods) * len(config.learning_rate_factors) + len(config.oracle_factors)
-        )
+        per_task = len(config.seeds) * num_compared_runs(config)
         return per_task * sum(trial.job_seconds for trial in trials) / config.workers
     return sum(trial.job_seconds for trial in trials)
+
+
+def num_compared_runs(config: CompareConfig) -> int:
+    """Different runs of a comparison for one task and seed, as far as the configuration tells without its policies.
+
+    A usual schedule runs once for every starting rate, and linear decay shares its runs with the sweep. A policy runs
+    once, because the level that it starts at does not depend on the rate; one whose table or start does is counted
+    short.
+    """
+    factors, from_level = set(config.learning_rate_factors), config.schedule is None or config.schedule.start != "given"
+    names = config.methods if "policy" in config.methods else ("policy", *config.methods)
+    runs = {("linear", factor) for factor in config.oracle_factors}
+    for name in names:
+        once = name not in BASE_NAMES and from_level
+        runs |= {(name, factor) for factor in ({1.0} if once else factors)}
+    return len(runs)
 
 
 def _training_seconds(config: TrainConfig, trials: tuple[TaskTrial, ...]) -> float:

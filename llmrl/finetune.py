@@ -117,6 +117,7 @@ def summarise(
     return {
         "task": config.task.name,
         "method": policy.name,
+        "policy": policy.reference,
         "seed": config.seed,
         "learning_rate": rate,
         "steps": config.task.steps,

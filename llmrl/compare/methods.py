@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from llmrl_envs.interface.action import LevelUnit
 from llmrl_envs.interface.schedule import BASE_NAMES, ScheduleSettings
 
 from llmrl.config import CompareConfig
-from llmrl.config_errors import Problem, combine_problems
 from llmrl.hosts.job import named_schedule
-from llmrl.policy import DEFAULT, HOLD, SchedulePolicy, hold_policy
+from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 
 POLICY, LINEAR = "policy", "linear"
-METHOD_NAMES = (POLICY, HOLD, DEFAULT, *BASE_NAMES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +54,9 @@ def resolve_methods(config: CompareConfig, policy: str) -> dict[str, Method]:
         policy: Folder, Hub id, "default" or "hold".
 
     Raises:
-        UserError: A name is unknown (all of them are told), or a policy cannot be loaded.
+        UserError: A policy cannot be loaded.
     """
     names = config.methods if POLICY in config.methods else (POLICY, *config.methods)
-    problems = [_unknown(name) for name in names if name not in METHOD_NAMES and not _is_path(name)]
-    if problems:
-        raise combine_problems(problems)
     return {name: _make(name, policy if name == POLICY else name, config) for name in names}
 
 
@@ -77,7 +70,11 @@ def _make(name: str, source: str, config: CompareConfig) -> Method:
         chosen = named_schedule(name, (config.schedule or ScheduleSettings()).warmup_fraction)
         settings = chosen.settings
     else:
-        chosen = hold_policy(config.schedule) if source == HOLD else SchedulePolicy.from_pretrained(source)
+        chosen = (
+            hold_policy(config.schedule)
+            if source == HOLD
+            else SchedulePolicy.from_pretrained(source, where="--policy" if name == POLICY else "methods")
+        )
         settings = config.schedule or chosen.settings
     guarded = name not in BASE_NAMES
     return Method(name, chosen, settings, guarded, _digest(chosen, settings, guarded=guarded))
@@ -98,14 +95,3 @@ def _digest(policy: SchedulePolicy, settings: ScheduleSettings, *, guarded: bool
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _is_path(name: str) -> bool:
-    return "/" in name or "\\" in name or Path(name).is_dir()
-
-
-def _unknown(name: str) -> Problem:
-    close = difflib.get_close_matches(name, METHOD_NAMES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    expected = f"{', '.join(METHOD_NAMES)}, or the folder of a policy"
-    return Problem(f"unknown method {name!r}{hint}", "methods", expected, repr(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,27 +31,47 @@ DEFAULT_RATE, WRONG_RATE, ALL_RATES = "default", "wrong", "all"
 REGIMES = (DEFAULT_RATE, WRONG_RATE, ALL_RATES)
 
 
+@dataclass(frozen=True)
+class ComparisonShape:
+    """What a comparison spans.
+
+    Attributes:
+        tasks: Names, in the order that cells count them.
+        factors: Starting rates, as factors on each task's default rate.
+        seeds: Seeds.
+    """
+
+    tasks: tuple[str, ...]
+    factors: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: CompareConfig) -> ComparisonShape:
+        """The shape that a configuration asks for."""
+        return cls(tuple(task.name for task in config.tasks), config.learning_rate_factors, config.seeds)
+
+
 def make_results(
-    config: CompareConfig, plan: Plan, found: Mapping[str, RunResult], methods: Mapping[str, Mapping[str, Any]]
+    shape: ComparisonShape, plan: Plan, found: Mapping[str, RunResult], methods: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Everything that `results.json` holds.
 
     Args:
-        config: The comparison.
+        shape: What it spans.
         plan: Its rows and sweep.
         found: Result of every run, by key.
         methods: What is said about each method, by name, in the order of tables.
     """
-    names = [task.name for task in config.tasks]
+    names = shape.tasks
     oracles = {name: _oracle(plan, index, found) for index, name in enumerate(names)}
     rows = [_row(cell, names[cell.task], found[cell.key], oracles[names[cell.task]]) for cell in plan.rows]
     return {
         "rows": rows,
         "aggregate": {name: _by_regime(_of_method(rows, name), rows) for name in methods},
-        "by_factor": {name: _by_factor(_of_method(rows, name), rows, config) for name in methods},
+        "by_factor": {name: _by_factor(_of_method(rows, name), rows, shape) for name in methods},
         "oracle": {name: _oracle_entry(oracle) for name, oracle in oracles.items()},
         "oracle_at_edge": any(oracle.at_edge for oracle in oracles.values()),
-        "compute": _compute(config, plan, found, list(methods)),
+        "compute": _compute(shape, plan, found, list(methods)),
         "methods": dict(methods),
         "statistics": {
             "score_floor": SCORE_FLOOR,
@@ -59,7 +80,7 @@ def make_results(
             "strata": "tasks",
             "units": "seeds",
         },
-        "warnings": _warnings(rows, oracles, config),
+        "warnings": _warnings(rows, oracles, shape),
     }
 
 
@@ -122,10 +143,10 @@ def _by_regime(own: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
     return {name: aggregate_rows(group, rows) for name, group in groups.items() if group}
 
 
-def _by_factor(own: Sequence[Row], rows: Sequence[Row], config: CompareConfig) -> dict[str, Any]:
+def _by_factor(own: Sequence[Row], rows: Sequence[Row], shape: ComparisonShape) -> dict[str, Any]:
     return {
         f"{factor:g}": aggregate_rows([row for row in own if row["learning_rate_factor"] == factor], rows)
-        for factor in sorted(config.learning_rate_factors)
+        for factor in sorted(shape.factors)
     }
 
 
@@ -139,7 +160,7 @@ def aggregate_rows(own: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
     Returns:
         iqm with its interval over the rows that have a score; probability_of_improvement: share of starts from which
         the test loss is lower than that of linear decay, ties counted half; failures: runs that diverged. An interval
-        is None with a single seed, the probability without `linear` among the methods.
+        is None with a single seed, the probability without a linear decay from any of the same starts.
     """
     scored = [row for row in own if row["score"] is not None]
     scores = _strata(scored, lambda row: float(row["score"]))
@@ -169,18 +190,26 @@ def _estimate(strata: Sequence[Floats], statistic: Statistic) -> tuple[float | N
 
 
 def _strata(rows: Iterable[Row], value: Callable[[Row], float]) -> list[Floats]:
-    """Values by task, float64[U, F]: a line for each seed, its starting rates side by side."""
+    """Values by task, float64[U, F]: a line for each seed, its starting rates side by side, NaN behind the last."""
     by_task: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], {}).setdefault(row["seed"], []).append(value(row))
-    return [np.array(list(by_seed.values()), np.float64) for by_seed in by_task.values()]
+    return [_padded(list(by_seed.values())) for by_seed in by_task.values()]
+
+
+def _padded(lines: Sequence[Sequence[float]]) -> Floats:
+    values = np.full((len(lines), max(map(len, lines))), np.nan)
+    for line, given in zip(values, lines, strict=True):
+        line[: len(given)] = given
+    return values
 
 
 def _won_against_linear(own: Sequence[Row], rows: Sequence[Row]) -> list[Floats]:
     linear = {_start(row): _number(row["loss_test"]) for row in rows if row["method"] == LINEAR}
-    if not linear:
-        return []
-    return _strata(own, lambda row: float(wins(np.array(_number(row["loss_test"])), np.array(linear[_start(row)]))))
+    comparable = [row for row in own if _start(row) in linear]
+    return _strata(
+        comparable, lambda row: float(wins(np.array(_number(row["loss_test"])), np.array(linear[_start(row)])))
+    )
 
 
 def _start(row: Row) -> Start:
@@ -191,11 +220,11 @@ def _start(row: Row) -> Start:
 
 
 def _compute(
-    config: CompareConfig, plan: Plan, found: Mapping[str, RunResult], methods: Sequence[str]
+    shape: ComparisonShape, plan: Plan, found: Mapping[str, RunResult], methods: Sequence[str]
 ) -> dict[str, Any]:
     """What each method costs. A job of the sweep is all its rates; a run counts once in each entry."""
     entries = {name: _cost([cell for cell in plan.rows if cell.method == name], found) for name in methods}
-    num_jobs = len(config.tasks) * len(config.seeds)
+    num_jobs = len(shape.tasks) * len(shape.seeds)
     return {**entries, "sweep": _cost(plan.sweep, found, num_jobs)}
 
 
@@ -217,7 +246,7 @@ def _cost(cells: Sequence[Cell], found: Mapping[str, RunResult], num_jobs: int |
 # -- warnings -----------------------------------------------------------------------------------------------------
 
 
-def _warnings(rows: Sequence[Row], oracles: Mapping[str, Oracle], config: CompareConfig) -> list[str]:
+def _warnings(rows: Sequence[Row], oracles: Mapping[str, Oracle], shape: ComparisonShape) -> list[str]:
     told = [
         f"{task}: the best rate of the sweep, {oracle.learning_rate:.3g}, is at the edge of the grid; a wider grid may "
         "score every method lower"
@@ -225,6 +254,6 @@ def _warnings(rows: Sequence[Row], oracles: Mapping[str, Oracle], config: Compar
         if oracle.at_edge and oracle.learning_rate is not None
     ]
     unscored = dict.fromkeys(f"{row['task']}: {row['note']}" for row in rows if row["score"] is None)
-    if len(config.seeds) == 1:
+    if len(shape.seeds) == 1:
         told.append("one seed: there are no intervals")
     return [*told, *unscored]

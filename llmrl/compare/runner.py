@@ -11,7 +11,7 @@ OUTPUT/config.yaml     the configuration with every default filled in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from rich.console import Console
 
 from llmrl.compare.cache import RunResult, RunStore
 from llmrl.compare.execution import Setting, execute
+from llmrl.compare.existing import compare_existing
 from llmrl.compare.methods import Method, resolve_methods, sweep_method
 from llmrl.compare.plan import Plan, Run, make_plan
 from llmrl.compare.plot import draw_comparison
 from llmrl.compare.report import print_report, table_cells, write_csv
-from llmrl.compare.results import make_results
-from llmrl.config import CompareConfig
+from llmrl.compare.results import ComparisonShape, make_results
+from llmrl.config import CompareConfig, TrackingConfig
 from llmrl.config_loading import config_to_dict, config_to_yaml
 from llmrl.run_directory import atomic_write_json, atomic_write_text, create_run_directory, to_json_value
 from llmrl.tracking import Tracker, make_tracker
+from llmrl.tracking.runs import RecordedRun
 
 CONFIG_FILE, METHODS_FILE, RUNS_FOLDER = "config.yaml", "methods.json", "runs"
 RESULTS_FILE, CSV_FILE, PICTURE_FILE = "results.json", "results.csv", "comparison.png"
@@ -58,7 +60,34 @@ def compare(*, config: CompareConfig, output: Path, policy: str) -> dict[str, An
     tracker = make_tracker(config.tracking, "compare", output, {**config_to_dict(config), "policy": policy})
     try:
         found = _find_results(Setting(config, policy, output / RUNS_FOLDER), plan, tracker)
-        results: dict[str, Any] = to_json_value(make_results(config, plan, found, _describe(methods, policy)))
+        results: dict[str, Any] = to_json_value(
+            make_results(ComparisonShape.of(config), plan, found, _describe(methods, policy))
+        )
+        _write(results, output)
+        _track(results, output, tracker)
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+    _announce(results, output)
+    return results
+
+
+def compare_runs(*, runs: Sequence[RecordedRun], output: Path, tracking: TrackingConfig) -> dict[str, Any]:
+    """Makes the same comparison from runs that exist already, and returns what `results.json` holds.
+
+    Args:
+        runs: See `llmrl.compare.existing.read_runs` and `llmrl.tracking.runs.fetch_group`.
+        output: Run directory, new or empty.
+        tracking: Where the comparison is recorded.
+
+    Raises:
+        UserError: None of the runs can be compared, or the directory is in use.
+    """
+    results = compare_existing(runs)
+    create_run_directory(output)
+    tracker = make_tracker(tracking, "compare", output, {"runs": [run.label for run in runs]})
+    try:
         _write(results, output)
         _track(results, output, tracker)
     except BaseException:

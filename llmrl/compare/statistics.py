@@ -4,8 +4,9 @@ Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical 
 https://arxiv.org/abs/2108.13264
 
 Scores come in strata, one a task: float64[U, F], with U units that were drawn independently (seeds) and F values that
-belong to one unit (starting rates). The bootstrap draws units, never single values: rates share weights and data order
-of their seed, and may even share the run, so that treating them as independent would make intervals too narrow.
+belong to one unit (starting rates); NaN where a unit lacks one. The bootstrap draws units, never single values: rates
+share weights and data order of their seed, and may even share the run, so that treating them as independent would make
+intervals too narrow.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _BATCH_VALUES = 4_000_000
 def interquartile_mean(values: Floats) -> Floats:
     """Mean of the middle half along the last axis, float64[..., N] -> float64[...].
 
-    The floor(N / 4) lowest and as many highest values are left out.
+    The floor(N / 4) lowest and as many highest values are left out; NaN stands for a value that is not there, and does
+    not count into N.
 
     >>> float(interquartile_mean(np.array([0.0, 1.0, 2.0, 100.0])))
     1.5
@@ -35,13 +37,20 @@ def interquartile_mean(values: Floats) -> Floats:
     num_values = values.shape[-1]
     if num_values == 0:
         raise ValueError("values: expected at least one, got none")
-    cut = num_values // 4
-    return np.asarray(np.sort(values, axis=-1)[..., cut : num_values - cut].mean(axis=-1))
+    ordered = np.sort(values, axis=-1)  # NaN last
+    if not np.isnan(ordered[..., -1]).any():
+        cut = num_values // 4
+        return np.asarray(ordered[..., cut : num_values - cut].mean(axis=-1))
+    counts = num_values - np.isnan(ordered).sum(axis=-1, keepdims=True)
+    place = np.arange(num_values)
+    middle = (place >= counts // 4) & (place < counts - counts // 4)
+    return np.asarray(np.where(middle, ordered, 0.0).sum(axis=-1) / middle.sum(axis=-1))
 
 
 def mean(values: Floats) -> Floats:
-    """Mean along the last axis."""
-    return np.asarray(values.mean(axis=-1))
+    """Mean along the last axis of what is not NaN."""
+    there = ~np.isnan(values)
+    return np.asarray(np.where(there, values, 0.0).sum(axis=-1) / there.sum(axis=-1))
 
 
 def stratified_bootstrap(

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from llmrl_envs.errors import UserError
 
+from llmrl.cli import main
 from llmrl.compare.methods import resolve_methods, sweep_method
 
 
@@ -19,11 +20,14 @@ def test_the_policy_of_the_command_line_is_always_compared(make_config) -> None:
     assert list(resolve_methods(make_config(methods=["linear", "cosine"]), "hold")) == ["policy", "linear", "cosine"]
 
 
-def test_every_unknown_name_is_told_with_the_nearest(make_config) -> None:
-    with pytest.raises(UserError) as caught:
-        resolve_methods(make_config(methods=["policy", "liner", "cosin", "linear"]), "hold")
-    assert "did you mean 'linear'?" in str(caught.value)
-    assert "did you mean 'cosine'?" in str(caught.value)
+def test_unknown_names_are_mistakes_of_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text("tasks: [{data: 'builtin:json'}]\nmethods: [policy, liner, cosin, linear]\n")
+    assert main(["config", "validate", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "line 2, methods" in told
+    assert "did you mean 'linear'?" in told
+    assert "did you mean 'cosine'?" in told
 
 
 def test_a_policy_that_is_not_there_is_told(make_config, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from llmrl.compare.methods import resolve_methods, sweep_method
 from llmrl.compare.plan import Plan, make_plan
 from llmrl.compare.plot import draw_comparison
 from llmrl.compare.report import print_report, table_cells
-from llmrl.compare.results import aggregate_rows, make_results
+from llmrl.compare.results import ComparisonShape, aggregate_rows, make_results
 from llmrl.run_directory import to_json_value
 
 
@@ -34,7 +34,7 @@ def results_of(config, losses) -> dict[str, Any]:
     """`losses` maps (method, given rate, seed) to a test loss."""
     plan = plan_of(config)
     found = {k: result(losses(run.method, run.learning_rate, run.seed)) for k, run in plan.runs.items()}
-    return make_results(config, plan, found, {name: {} for name in resolve_methods(config, "hold")})
+    return make_results(ComparisonShape.of(config), plan, found, {name: {} for name in resolve_methods(config, "hold")})
 
 
 def made_up(method: str, rate: float, seed: int) -> float | None:

@@ -105,3 +105,13 @@ def test_wins_by_hand() -> None:
     own = np.array([1.0, 2.0, 3.0, np.nan, np.nan, 1.0])
     other = np.array([2.0, 2.0, 2.0, 2.0, np.inf, np.nan])
     np.testing.assert_array_equal(wins(own, other), [1.0, 0.5, 0.0, 0.0, 0.5, 1.0])
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_values_that_are_not_there_do_not_count(lines: list[list[float]]) -> None:
+    padded = np.full((len(lines), 9), np.nan)
+    for row, line in zip(padded, lines, strict=True):
+        row[: len(line)] = line
+    for statistic in (interquartile_mean, mean):
+        expected = [float(statistic(np.array(line))) for line in lines]
+        np.testing.assert_allclose(statistic(padded), expected, atol=1e-12)
