@@ -31,6 +31,7 @@ from torch import Tensor
 from llmrl.failures import explain
 from llmrl.hosts.accelerate import launched_processes
 
+LAUNCHER_VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 NUM_NUMBERS = 3  # that a process brings to an exchange, beside two flags
 IMPATIENCE_SECONDS = (
     3.0  # launchers pass a signal on that the terminal has delivered already; later ones are a person's
@@ -110,9 +111,18 @@ class SeveralProcesses:
 
     Raises:
         ProcessLostError: The others did not come.
+        UserError: The environment says that there are others, but not where.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
+        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE={launched_processes()} says that there are other processes, but not where they meet",
+                expected="accelerate launch -m llmrl train .., or WORLD_SIZE unset",
+                got=f"no {', '.join(missing)}",
+                where="environment variables",
+            )
         timeout = timedelta(seconds=timeout_seconds)
         self._owned = not dist.is_initialized()
         self.rank, self.num_processes = int(os.environ["RANK"]), launched_processes()

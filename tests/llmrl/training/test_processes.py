@@ -134,6 +134,18 @@ def test_another_number_of_processes_goes_on(folder, name, before, now):
     assert rows(folder, name, "final_evaluation")[0]["decisions"] in range(240, 240 + now)
 
 
+def test_processes_divide_the_experience_of_earlier_runs_and_learn_from_it_together(folder):
+    assert codes(folder, "logs") == [0, 0]
+    taken = rows(folder, "logs", "experience")
+    before = json.loads((folder / "logs" / "before.json").read_text())
+    assert len(taken) == 2, "the earlier run had two processes"
+    assert sum(row["transitions"] for row in taken) == len(before["rewards"])
+    assert [row["learner_steps"] for row in rows(folder, "logs", "pretraining")][-1] == 40
+    assert len(set(rows(folder, "logs", "processes")[-1]["digests"])) == 1
+    assert codes(folder, "logs-torn", resumed=True) == [0, 0]
+    assert policy(folder, "logs-torn") == policy(folder, "logs")
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process_ends_the_others_with_a_clear_message(folder, lost):
     found = codes(folder, f"lost-{lost}")
@@ -167,7 +179,12 @@ def test_a_full_disk_keeps_the_earlier_checkpoints_and_nothing_else(folder):
 
 
 def test_what_is_wrong_for_all_is_told_once(folder):
-    for name, told in (("tabular", "learns in one process"), ("tiny-batch", "smaller than the number of processes")):
+    expected = {
+        "tabular": "learns in one process",
+        "tiny-batch": "smaller than the number of processes",
+        "not-empty": "not empty",
+    }
+    for name, told in expected.items():
         assert codes(folder, name) == [2, 2]
         assert told in words(folder, name, 0)
         assert words(folder, name, 1) == ""
@@ -179,6 +196,17 @@ def test_asked_to_stop_one_process_stops_all_at_the_same_step(folder):
     assert steps[0] == steps[1] >= 50
     assert "accelerate launch -m llmrl train" in words(folder, "stopped", 0)
     assert words(folder, "stopped", 1) == ""
+
+
+def test_a_world_size_without_a_launcher_is_told(tmp_path, monkeypatch, capsys):
+    from llmrl.cli import main
+
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "train.yaml").write_text(json.dumps(GRID))
+    assert main(["train", "--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "run")]) == 2
+    assert "no RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
 
 
 # -- the program ----------------------------------------------------------------------------------------------------
@@ -196,6 +224,20 @@ def at_step(number, action):
         return original(self, **named)
 
     Collector.step = step
+
+
+def at_update(number, action):
+    """The same for an update."""
+    from llmrl.dqn.agent import DQNAgent
+
+    original, count = DQNAgent._update, iter(range(1, 10**9))
+
+    def update(self):
+        if next(count) == number:
+            action()
+        return original(self)
+
+    DQNAgent._update = update
 
 
 def kill_myself():
@@ -378,6 +420,14 @@ def main(folder):
     launch(folder, "disk-full", GRID, prepare=only(1, fill_disk_at_the_second_checkpoint))
     launch(folder, "tabular", TABULAR)
     launch(folder, "tiny-batch", TINY_BATCH)
+    (folder / "not-empty" / "run" / "mine").mkdir(parents=True)
+    launch(folder, "not-empty", GRID)
+    logs = {**GRID["agent"], "experience": [str(folder / "grid" / "run")], "pretrain_updates": 40}
+    logs = {**GRID, "agent": logs, "training": {**LENGTH, "decisions": 0}}
+    launch(folder, "logs", logs)
+    (folder / "logs" / "before.json").write_text(json.dumps(checkpoint_facts(folder / "grid" / "run")))
+    launch(folder, "logs-torn", logs, prepare=lambda rank: at_update(23, kill_myself))
+    launch(folder, "logs-torn", logs, resume=True)
 
     def stopping(rank):
         count_steps(folder / "stopped", rank)
