@@ -13,7 +13,8 @@ from llmrl.config_loading import config_to_yaml, load_config
 ROOT = Path(__file__).parents[1]
 KINDS = {"train": TrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHERS))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHERS) - set(SWEEPS))
 
 
 def test_there_is_one_of_each_kind() -> None:

@@ -142,7 +142,7 @@ def make_wandb_tracker(
         run_directory: Gets the directory `wandb`, with the run's files and its id.
         config: The whole configuration, nested.
         resume_id: Continue the run of this id; not given: the run whose id the directory holds, or else a new one,
-            whose id follows from configuration and directory.
+            whose id is that of WANDB_RUN_ID (an agent of a sweep sets it) or follows from configuration and directory.
 
     Raises:
         UserError: WANDB_MODE is set to something unknown, or an online run cannot be opened.
@@ -223,6 +223,6 @@ def _run_id(files: Path, resume_id: str | None, identity: Mapping[str, Any]) -> 
     if resume_id is None and path.is_file():
         resume_id = path.read_text(encoding="utf-8").strip()
     text = json.dumps([str(files.resolve()), to_json_value(identity)], sort_keys=True)
-    run_id = resume_id or hashlib.sha256(text.encode()).hexdigest()[:12]
+    run_id = resume_id or os.environ.get("WANDB_RUN_ID") or hashlib.sha256(text.encode()).hexdigest()[:12]
     atomic_write_text(path, run_id + "\n")
     return run_id, resume_id is not None

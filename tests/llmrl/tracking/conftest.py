@@ -13,6 +13,7 @@ import wandb
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     yield
     if wandb.run is not None:

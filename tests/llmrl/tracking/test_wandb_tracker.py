@@ -182,6 +182,13 @@ def test_an_id_follows_from_what_the_run_is_and_where(tmp_path: Path) -> None:
     )
 
 
+def test_the_agent_of_a_sweep_gives_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "sweeprun")
+    tracker = make_tracker(OFFLINE, "train-policy", tmp_path, {})
+    assert isinstance(tracker, WandbTracker)
+    assert tracker.run.id == "sweeprun"
+
+
 class FakeRun:
     """Notes what an online run is asked for."""
 
