@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llmrl_envs.interface.schedule import ScheduleSettings
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llmrl.cli import main
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.networks import QNetwork
 from llmrl.policy import SchedulePolicy, hold_policy
@@ -284,3 +286,32 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_a_policy(folder: Path, tmp_path: 
     (snapshot / "extra").symlink_to("../../../outside")
     with pytest.raises(UserError, match="outside of its folder"):
         SchedulePolicy.from_pretrained(snapshot)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda folder: shutil.rmtree(folder),
+    "truncated config": lambda folder: (folder / "config.json").write_text('{"schema_version": 1, '),
+    "truncated weights": lambda folder: (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"),
+    "another version": lambda folder: edit(folder, schema_version=2),
+    "extra key": lambda folder: edit(folder, surprise=1),
+    "pickle": lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})),
+    "link": lambda folder: (folder / "more").symlink_to("/etc/passwd"),
+    "dtype": lambda folder: change_tensors(folder, lambda t: t.update({"head.layer.bias": torch.zeros(9).double()})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["finetune", "compare"])
+def test_a_command_ends_with_code_2_before_anything_is_trained(
+    folder: Path, tmp_path: Path, command: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGES[damage](folder)
+    config = tmp_path / "config.yaml"
+    task = "{name: job, data: 'builtin:json', steps: 20}"
+    config.write_text(f"task: {task}\n" if command == "finetune" else f"tasks: [{task}]\n")
+    words = [command, "--config", str(config), "--policy", str(folder), "--output", str(tmp_path / "run")]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert str(folder) in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
