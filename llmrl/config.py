@@ -28,8 +28,8 @@ NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
 METHOD_NAMES = ("policy", HOLD, DEFAULT, *BASE_NAMES)
 """Methods of a comparison that have names; any other is the reference of a policy."""
 
-_UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device")}
-_UNREAD_ELSEWHERE = ("tasks", "device", "actions", "observation", "reward", "schedule")
+_UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device", "vectorization", "groups")}
+_UNREAD_ELSEWHERE = ("tasks", "device", "vectorization", "groups", "actions", "observation", "reward", "schedule")
 """Keys of `env` that an environment has no use for, so that giving them is a mistake."""
 
 Device: TypeAlias = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -102,7 +102,10 @@ class EnvConfig(Settings):
     Attributes:
         id: A Gymnasium id. Ids of this package and of `gymnasium` itself need no import; others may be written
             `module:id`.
-        population: Environments that are stepped together.
+        population: Environments that are stepped together. For fine-tuning `auto` takes as many as fit into memory.
+        vectorization: How more than one fine-tuning job runs: `population` all of them in one forward and backward
+            pass, `sync` one after the other, `async` each in a process of its own.
+        groups: Jobs of a population that share task, given rate, seed and data order; the first of each group holds.
         tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere. Other keys that an environment
             does not read are refused as well.
         actions: Name of the action table: moves, moves_only, levels, factors.
@@ -114,7 +117,9 @@ class EnvConfig(Settings):
     """
 
     id: str = Field(default=FINE_TUNING_ID, min_length=1)
-    population: int = Field(default=1, ge=1)
+    population: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    vectorization: Literal["population", "sync", "async"] = "population"
+    groups: int = Field(default=1, ge=1)
     tasks: TaskDistribution | None = None
     actions: str = Field(default="moves", min_length=1)
     observation: ObservationConfig = ObservationConfig()
@@ -132,6 +137,10 @@ class EnvConfig(Settings):
     def _check_what_the_environment_reads(self) -> EnvConfig:
         if self.id == FINE_TUNING_ID and self.tasks is None:
             raise ValueError(f"{FINE_TUNING_ID} needs env.tasks.tasks: a list of at least one task")
+        if self.population == "auto" and (self.id != FINE_TUNING_ID or self.vectorization != "population"):
+            raise ValueError("env.population auto is for the population of fine-tuning jobs; otherwise give a number")
+        if self.groups > 1 and (self.vectorization != "population" or self.population == 1):
+            raise ValueError("env.groups needs env.vectorization population and env.population of at least as many")
         unread = _UNREAD.get(self.id, _UNREAD_ELSEWHERE)
         fields = type(self).model_fields
         changed = [

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +11,9 @@ from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.schedule import BASE_NAMES, Schedule, decision_intervals
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
-from torch import Tensor
 
 from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
 
@@ -159,49 +156,9 @@ def _state_bytes(job: Job) -> dict[str, int]:
 def _activation_bytes(session: FineTuningSession, schedule: Schedule) -> int:
     """Most bytes that one step keeps between forward and backward pass, measured on a step."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in session.job.loaded.model.parameters()}
-    with _saved_tensors(parameters) as peak:
+    with counted_saved_tensors(parameters) as peak:
         session.run_interval(1, schedule)
     return peak[0]
-
-
-class _Saved:
-    """A tensor that the backward pass will need; counts its storage while it is kept."""
-
-    def __init__(self, tensor: Tensor, kept: dict[int, int], total: list[int]) -> None:
-        self.tensor = tensor
-        self._storage = tensor.untyped_storage()
-        self._kept, self._total = kept, total
-        pointer = self._storage.data_ptr()
-        kept[pointer] = kept.get(pointer, 0) + 1
-        if kept[pointer] == 1:
-            total[0] += self._storage.nbytes()
-
-    def __del__(self) -> None:
-        pointer = self._storage.data_ptr()
-        self._kept[pointer] -= 1
-        if not self._kept[pointer]:
-            self._total[0] -= self._storage.nbytes()
-
-
-@contextmanager
-def _saved_tensors(ignored: set[int]) -> Iterator[list[int]]:
-    """Counts the bytes that autograd keeps; yields a list whose only entry is the most at any time."""
-    kept: dict[int, int] = {}
-    total, peak = [0], [0]
-
-    def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() in ignored:
-            return tensor
-        saved = _Saved(tensor, kept, total)
-        peak[0] = max(peak[0], total[0])
-        return saved
-
-    def unpack(saved: Any) -> Tensor:
-        tensor: Tensor = saved.tensor if isinstance(saved, _Saved) else saved
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield peak
 
 
 def _wait(device: torch.device) -> None:

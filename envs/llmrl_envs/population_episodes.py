@@ -22,6 +22,7 @@ from llmrl_envs.jobs.population.members import IntervalPlan, IntervalResult, Mem
 from llmrl_envs.jobs.population.pool import PopulationPool
 from llmrl_envs.jobs.population.references import run_references
 from llmrl_envs.jobs.reference import reference_key
+from llmrl_envs.jobs.task import FineTuningTask
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,17 @@ class PopulationEpisodes:
     def parameters(self, lane: int) -> dict[str, Tensor]:
         """The trained parameters of a lane's job, as views."""
         return self.pool.parameters(self._lane(lane).member)
+
+    def rehearse(self, task: FineTuningTask) -> int:
+        """Runs one step of P jobs of a task, and forgets them and everything else that was under way."""
+        self.clear(0)
+        job = self._library.job(task)
+        members = [self.pool.add(job, 0) for _ in range(self.num_envs)]
+        try:
+            self.pool.run_interval([IntervalPlan(member, np.zeros(1), 1.0) for member in members])
+            return min(self.pool.session_of(members[0]).width.most, self.num_envs)
+        finally:
+            self.clear(0)
 
     def lacks_reference(self, drawn: Sequence[DrawnJob]) -> bool:
         """Whether a reference run of one of these jobs has not been made."""

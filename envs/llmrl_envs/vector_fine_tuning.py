@@ -152,6 +152,16 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         """The trained parameters of a lane's job by name, as views that the next step changes."""
         return self._episodes_now().parameters(lane)
 
+    def rehearse(self) -> int:
+        """Runs one step of P jobs of every task, then forgets them; how many jobs went through a model at once.
+
+        Raises:
+            torch.OutOfMemoryError: Not even the jobs' own memory is there.
+        """
+        widths = [self._episodes_now().rehearse(task) for task in self.tasks.tasks]
+        self._running = False
+        return min(widths)
+
     # -- lanes ----------------------------------------------------------------------------------------------------
 
     def _finish(self, result: StepResult) -> Info:

@@ -14,12 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file, save_file
+
 from llmrl.run_directory import atomic_write_json
+from llmrl.training.state_arrays import join_arrays, split_arrays
 
 CHECKPOINTS = "checkpoints"  # in the run directory
 AGENT = "agent"  # in a checkpoint; agent.1, agent.2 .. of the other processes
 MANIFEST = "manifest.json"
 STATE = "state.json"
+ARRAYS = "arrays.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -31,7 +35,7 @@ def save_checkpoint(
     Args:
         directory: Where checkpoints live.
         number: Grows with every checkpoint of a run.
-        state: JSON-ready state of the run.
+        state: State of the run: JSON values, and NumPy arrays, which go to a file of their own.
         write_files: Writes everything else into the folder that it is given.
         keep: Checkpoints to keep.
 
@@ -45,7 +49,10 @@ def save_checkpoint(
     try:
         part.mkdir()
         write_files(part)
-        atomic_write_json(part / STATE, state)
+        values, arrays = split_arrays(state)
+        atomic_write_json(part / STATE, values)
+        if arrays:
+            save_file(arrays, part / ARRAYS)
         files = {str(path.relative_to(part)): _fingerprint(path) for path in sorted(part.rglob("*")) if path.is_file()}
         atomic_write_json(part / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
         shutil.rmtree(final, ignore_errors=True)
@@ -79,7 +86,9 @@ def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state that a whole checkpoint holds."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    arrays = load_file(path / ARRAYS) if (path / ARRAYS).exists() else {}
+    state: dict[str, Any] = join_arrays(values, arrays)
     return state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -20,6 +21,7 @@ from llmrl.config import FINE_TUNING_ID, NOISY_QUADRATIC_ID, EnvConfig, TrainCon
 from llmrl.dqn.agent import Agent, DQNAgent
 from llmrl.dqn.reinforce import ReinforceAgent
 from llmrl.dqn.tabular import TabularAgent
+from llmrl.training.population import make_population
 from llmrl.training.processes import OneProcess, Processes
 from llmrl.training.sharing import connect, process_settings
 
@@ -36,15 +38,23 @@ def make_environment(config: EnvConfig, library: JobLibrary | None = None) -> En
     Raises:
         UserError: Gymnasium knows no such environment, or it refuses its arguments.
     """
+    if config.id == FINE_TUNING_ID and config.population != 1:
+        return _many_fine_tunings(config, library)
     if config.population == 1:
         return make_single_environment(config, library)
-    if config.id == FINE_TUNING_ID:
-        return gymnasium.vector.SyncVectorEnv(
-            [lambda: make_fine_tuning(config, None)] * config.population,
-            autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
-        )
     with _named_failures(config):
-        return gymnasium.make_vec(_qualified(config.id), num_envs=config.population, **_arguments(config))
+        return gymnasium.make_vec(_qualified(config.id), num_envs=int(config.population), **_arguments(config))
+
+
+def _many_fine_tunings(config: EnvConfig, library: JobLibrary | None) -> Environment:
+    if config.vectorization == "population":
+        arguments = {"device": config.device, **schedule_arguments(config)}
+        return make_population(config, library or JobLibrary(config.device), arguments)
+    makers = [lambda: make_fine_tuning(config, None)] * int(config.population)
+    same_step = gymnasium.vector.AutoresetMode.SAME_STEP
+    if config.vectorization == "sync":
+        return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=same_step)
+    return gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=same_step)
 
 
 def make_single_environment(config: EnvConfig, library: JobLibrary | None = None) -> gymnasium.Env[Any, Any]:
@@ -140,7 +150,10 @@ def schedule_language(env: Environment) -> tuple[ActionTable, ObservationSpec, S
     inner: Any = env
     if isinstance(env, gymnasium.vector.SyncVectorEnv):
         inner = env.envs[0]
-    inner = inner.unwrapped
+    if isinstance(env, gymnasium.vector.AsyncVectorEnv):
+        names = ("table", "observation_spec", "schedule_settings")
+        inner = SimpleNamespace(**{name: env.get_attr(name)[0] for name in names})
+    inner = getattr(inner, "unwrapped", inner)
     table, spec = getattr(inner, "table", None), getattr(inner, "observation_spec", None)
     if not isinstance(table, ActionTable) or not isinstance(spec, ObservationSpec):
         return None

@@ -7,12 +7,13 @@ import pytest
 import torch
 from llmrl_envs.interface.schedule import decision_intervals
 from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 
 from llmrl.cli import main
 from llmrl.config import TrackingConfig
 from llmrl.config_loading import load_config
 from llmrl.doctor import _asked_processes, machine, processes, versions, weights_and_biases
-from llmrl.dry_run import TaskTrial, _saved_tensors, estimate_seconds, tasks_of, try_task
+from llmrl.dry_run import TaskTrial, estimate_seconds, tasks_of, try_task
 
 TASK = """
 task:
@@ -80,13 +81,13 @@ def test_wandb_and_write_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_saved_tensors_are_counted_once_and_freed() -> None:
     x = torch.ones(10, requires_grad=True)
-    with _saved_tensors(set()) as peak:
+    with counted_saved_tensors(set()) as peak:
         (x * x).sum().backward()
         assert peak == [40], "x is kept twice, in one storage of 10 float32"
         y = torch.ones(1000, requires_grad=True)
         (y * y).sum().backward()
         assert peak == [4000], "the first 40 bytes are free again"
-    with _saved_tensors({x.untyped_storage().data_ptr()}) as peak:
+    with counted_saved_tensors({x.untyped_storage().data_ptr()}) as peak:
         (x * x).sum().backward()
         assert peak == [0], "parameters are counted elsewhere"
 
