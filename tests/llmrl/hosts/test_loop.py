@@ -78,6 +78,42 @@ def test_steps_past_the_budget_change_nothing(hold):
     assert torch.equal(loop.weights(), before)
 
 
+class Lion(torch.optim.Optimizer):
+    """Steps by the sign of an average of gradients."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                p.sub_(group["lr"] * (0.9 * average + 0.1 * p.grad).sign())
+                average.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
+def test_an_optimizer_without_adams_moments_moves_by_the_level_too(hold):
+    model = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    optimizer = Lion(model.parameters(), lr=1e-6)
+    controller = ScheduleController(hold)
+    controller.attach(model, optimizer, total_steps=STEPS)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for number in range(STEPS):
+        batch = torch.randint(97, 110, (2, 16), generator=torch.Generator().manual_seed(number))
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        controller.before_step(loss)
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+        if number == 1:
+            after = torch.cat([p.detach().flatten() for p in model.parameters()])
+            assert (after - before).norm() / before.norm() < 2 * 0.0025
+    sizes = [record.step_size for record in controller.records]
+    assert sizes[2] == pytest.approx(0.0025 * (STEPS - 5) / (STEPS - 1), rel=0.3)
+
+
 @pytest.mark.parametrize("limit", [1.0, None])
 def test_before_step_clips(hold, limit):
     loop = Loop(hold, max_grad_norm=limit)
