@@ -101,8 +101,9 @@ class StatisticsRecorder:
                 average = self._optimizer.state[parameter].get("exp_avg")
                 if parameter.grad is None or average is None:
                     continue
-                flat, mean = local_shard(parameter.grad.detach()).reshape(-1), local_shard(average).reshape(-1)
-                flat = flat.to(mean.dtype)
+                dtype = torch.promote_types(average.dtype, torch.float32)
+                flat = local_shard(parameter.grad.detach()).reshape(-1).to(dtype)
+                mean = local_shard(average).reshape(-1).to(dtype)
                 sums.append(torch.stack([torch.dot(flat, mean), torch.dot(flat, flat), torch.dot(mean, mean)]))
             if sums:
                 dot, gradient, momentum = self._summed(torch.stack(sums).sum(dim=0)).unbind()

@@ -72,7 +72,7 @@ class MomentUpdates:
         correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
         if isinstance(correction2, float) and correction2 == 0.0:  # every step so far was skipped
             return torch.full_like(parameter, float("nan"))
-        mean, variance = state["exp_avg"], state["exp_avg_sq"]
+        mean, variance = _wide(state["exp_avg"]), _wide(state["exp_avg_sq"])
         flat = local_shard(mean).reshape(-1)
         self._mean_squares.append(torch.dot(flat, flat) / correction1**2)
         self._variances.append(local_shard(variance).sum() / correction2)
@@ -105,7 +105,7 @@ class DifferenceUpdates:
         """The update, of the parameter's shape."""
         if self._learning_rate <= 0.0:
             return torch.full_like(parameter, float("nan"))
-        return (self._before[id(parameter)] - parameter.detach()).float().div_(self._learning_rate)
+        return (_wide(self._before[id(parameter)]) - _wide(parameter.detach())).div_(self._learning_rate)
 
     def moment_sums(self) -> Tensor:
         """Not known, [2]."""
@@ -124,8 +124,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def square_sum(tensor: Tensor) -> Tensor:
     """Sum of squares of this process's part, a scalar."""
-    flat = local_shard(tensor.detach()).reshape(-1)
+    flat = _wide(local_shard(tensor.detach()).reshape(-1))
     return torch.dot(flat, flat)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Half-precision numbers as float32, in which their squares can be added up; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def pair_update_square(pair: LowRankPair, measure: UpdateMeasure) -> Tensor:

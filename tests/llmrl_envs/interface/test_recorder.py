@@ -321,3 +321,23 @@ def test_a_restored_recorder_goes_on_within_the_interval():
     ours, theirs = second.collect(), whole.collect()
     assert ours.loss.tolist() == theirs.loss.tolist() == [[1.0, 2.0]]
     assert ours.gradient_norm.tolist() == theirs.gradient_norm.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_added_up_in_full(dtype):
+    """The squares of a thousand weights of ten overflow float16, and stand still in bfloat16."""
+    parameter = Parameter(torch.full((1000,), 10.0, dtype=dtype))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, eps=1e-4, weight_decay=0.0)
+    recorder = StatisticsRecorder(
+        optimizer, device=torch.device("cpu"), mode=TuningMode.FULL, trainable_fraction=1.0, capacity_steps=4
+    )
+    for _ in range(2):
+        parameter.grad = torch.ones_like(parameter)
+        recorder.before_update([parameter], probe=True)
+        recorder.record_step(torch.tensor(1.0), torch.tensor(1.0), learning_rate=1e-3, max_gradient_norm=1.0)
+        optimizer.step()
+        recorder.after_update([parameter], probe=True)
+    found = recorder.collect(step=2, total_steps=4)
+    assert found.weight_norm[0] == pytest.approx(10.0 * 1000**0.5, rel=0.01)
+    assert found.update_norm[0] == pytest.approx(1000**0.5, rel=0.05)
+    assert found.momentum_cosine[0] == pytest.approx(1.0, abs=0.01)
