@@ -20,6 +20,7 @@ and, with a GPU, {tiny_p256_vs_sequential, lora135m_p16_vs_sequential, lora135m_
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -159,13 +160,12 @@ def _wait() -> None:
 def seconds_per_step(run: Callable[[int], None], num_steps: int, num_repeats: int) -> float:
     """Median wall time of an optimizer step, device work included; the first run is not counted."""
     found = []
-    for repeat in range(num_repeats + 1):
+    for _ in range(num_repeats + 1):
         _wait()
         began = time.perf_counter()
         run(num_steps)
         _wait()
         found.append((time.perf_counter() - began) / num_steps)
-        del repeat
     return float(np.median(found[1:]))
 
 
@@ -260,8 +260,8 @@ def measure_growth(folder: Path, device: str, *, quick: bool) -> list[dict[str, 
     return rows
 
 
-def growth_tables(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """The tables of the docs page."""
+def growth_tables(rows: list[dict[str, Any]], machine: dict[str, Any], picture: str) -> str:
+    """The tables of the docs page, with a link to their picture."""
     heads = {"jobs": "P", "length": "tokens of a sequence (P = 4)", "model": "parameters (P = 4)"}
     lines = [f"Measured on {machine['processor']}, {machine['cores']} cores, {machine['device']}.", ""]
     for axis, head in heads.items():
@@ -272,7 +272,7 @@ def growth_tables(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             sizes = f"{row['row_bytes'] / 2**20:.2f} | {row['activation_bytes'] / 2**20:.1f}"
             lines.append(f"| {row['value']} | {row['mode']} | {figures} | {sizes} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"![Cost of a job over P, sequence length and model size]({picture})"])
 
 
 def draw_growth(rows: list[dict[str, Any]], picture: Path) -> None:
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--page", type=Path, help="docs page whose tables and picture are written")
     arguments = parser.parse_args()
-    torch.set_num_threads(max(torch.get_num_threads(), len(_cores())))
+    torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0))))
     machine, quick = describe_machine(), arguments.quick
     rows = measure_environments(5 if quick else 15, 3.0 if quick else 8.0)
     by_name = {row["name"]: row for row in rows}
@@ -323,16 +323,11 @@ def main() -> None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             rows += measure_growth(Path(folder), device, quick=quick)
     if arguments.page is not None:
-        write_page(arguments.page, growth_tables(rows, machine))
-        draw_growth(rows, arguments.page.with_suffix(".png"))
+        picture = arguments.page.with_suffix(".png")
+        draw_growth(rows, picture)
+        write_page(arguments.page, growth_tables(rows, machine, picture.name))
     report = {"machine": machine, "versions": describe_versions(), "rows": rows, "ratios": ratios}
     write_report(report, arguments.output)
-
-
-def _cores() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)
 
 
 if __name__ == "__main__":
