@@ -189,7 +189,7 @@ def main() -> None:
         return
     if arguments.output is None:
         parser.error("--output is required")
-    wall = [measure_wall(name, 3 if arguments.quick else 36) for name in arguments.models]
+    wall = [measure_wall(name, 10 if arguments.quick else 36) for name in arguments.models]
     memory = [measure_memory(name, 1 if arguments.quick else 5) for name in arguments.models]
     ratios = {"wall": max(row["ratio"] for row in wall), "memory": max(row["ratio"] for row in memory)}
     report = {"machine": describe_machine(), "versions": describe_versions(), "rows": wall + memory, "ratios": ratios}
