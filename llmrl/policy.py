@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
 
-from llmrl.dqn.network_file import load_network, save_network
-from llmrl.dqn.networks import QNetwork
 from llmrl.policy_card import policy_card
 from llmrl.policy_decision import PolicyDecision, check_observation, greedy_decision, hold_decision
-from llmrl.policy_files import PolicyConfig, read_language
 from llmrl.policy_hub import upload_policy_folder
 from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy
+
+if TYPE_CHECKING:
+    from llmrl.dqn.networks import QNetwork
 
 __all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy"]
 
@@ -101,6 +101,9 @@ class SchedulePolicy:
         folder = locate_policy(reference, where=where)
         if folder is None:
             return hold_policy()
+        # Pydantic reads the metadata of every installed package once; who holds does without.
+        from llmrl.policy_files import read_language
+
         language = read_language(folder)
         config = language.config
         network = _read_network(folder / WEIGHTS_FILE) if config.kind == "network" else None
@@ -115,6 +118,9 @@ class SchedulePolicy:
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes the folder; the same policy always gives the same bytes."""
+        from llmrl.dqn.network_file import save_network
+        from llmrl.policy_files import PolicyConfig
+
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = PolicyConfig(
@@ -156,6 +162,8 @@ def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves"
 
 
 def _read_network(path: Path) -> QNetwork:
+    from llmrl.dqn.network_file import load_network
+
     try:
         network = load_network(path)
     except ValueError as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrl_envs.interface.action import ActionTable
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 
-from llmrl.dqn.networks import QNetwork
+if TYPE_CHECKING:
+    from llmrl.dqn.networks import QNetwork
 
 
 def policy_card(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llmrl_envs.interface.action import ActionTable
 from numpy.typing import NDArray
 
 from llmrl.dqn.acting import greedy_actions
-from llmrl.dqn.config import NetworkConfig
+
+if TYPE_CHECKING:
+    from llmrl.dqn.config import NetworkConfig
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
 from llmrl_envs.interface.updates import LowRankPair, full_tensor
-from llmrl_envs.jobs.task import OptimizerSettings
+
+if TYPE_CHECKING:
+    from llmrl_envs.jobs.task import OptimizerSettings
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
