@@ -24,7 +24,7 @@ from llmrl.hosts.job import JobResult, named_schedule, run_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
 from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory
-from llmrl.tracking import DecisionLog, Tracker, make_tracker
+from llmrl.tracking import DecisionLog, Tracker, ending, make_tracker
 
 
 def finetune(
@@ -57,28 +57,28 @@ def finetune(
     device = str(context.device) if isinstance(context, AcceleratorContext) else config.device
     job = JobLibrary(device).job(config.task)
     rate = config.task.learning_rate if config.learning_rate is None else config.learning_rate
-    tracker = make_tracker(config.tracking, "finetune", output, config.model_dump(mode="json"))
-    recorder = _Recorder(output, chosen, job, tracker) if is_first else None
-    with job_progress(config.task.steps, enabled=is_first) as advance:
-        result = run_job(
-            job,
-            chosen,
-            learning_rate=rate,
-            seed=config.seed,
-            settings=settings,
-            parallel=context,
-            guarded=schedule is None,
-            validate=True,
-            on_decision=_announce(recorder, advance),
-        )
-    digests = [schedule_digest(result)]
-    if isinstance(context, AcceleratorContext):
-        digests = context.gather_texts(digests[0])
-    summary = summarise(config, chosen, rate, result, digests)
-    if recorder is not None:
-        if config.save_model:
-            save_model(job.loaded, output / "model", job.data.label_names)
-        recorder.finish(summary)
+    with ending(make_tracker(config.tracking, "finetune", output, config.model_dump(mode="json"))) as tracker:
+        recorder = _Recorder(output, chosen, job, tracker) if is_first else None
+        with job_progress(config.task.steps, enabled=is_first) as advance:
+            result = run_job(
+                job,
+                chosen,
+                learning_rate=rate,
+                seed=config.seed,
+                settings=settings,
+                parallel=context,
+                guarded=schedule is None,
+                validate=True,
+                on_decision=_announce(recorder, advance),
+            )
+        digests = [schedule_digest(result)]
+        if isinstance(context, AcceleratorContext):
+            digests = context.gather_texts(digests[0])
+        summary = summarise(config, chosen, rate, result, digests)
+        if recorder is not None:
+            if config.save_model:
+                save_model(job.loaded, output / "model", job.data.label_names)
+            recorder.finish(summary)
     if isinstance(context, AcceleratorContext):
         context.barrier()
     return summary
@@ -168,5 +168,4 @@ class _Recorder:
         self._rows.close()
         self._log.finish(self._output / "schedule.png")
         self._tracker.set_summary(summary)
-        self._tracker.finish()
         atomic_write_json(self._output / "summary.json", summary)

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from benchmarking import describe_machine, describe_versions, median_ratio, write_report
+from benchmarking import compare_peak_memory, describe_machine, describe_versions, median_ratio, write_report
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -157,25 +155,6 @@ def peak_memory(name: str, variant: str) -> None:
     print(json.dumps(peak.bytes))
 
 
-def measure_memory(name: str, num_pairs: int) -> dict[str, Any]:
-    """Peak memory of both variants in fresh processes."""
-    totals: dict[str, list[int]] = {"plain": [], "steered": []}
-    for _ in range(num_pairs):
-        for variant, found in totals.items():
-            command = [sys.executable, __file__, "--peak-memory", variant, "--models", name]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(printed.strip().splitlines()[-1]))
-    ratio, low, high = median_ratio(np.array(totals["steered"], float), np.array(totals["plain"], float))
-    return {
-        "name": f"memory_{name}",
-        "plain_bytes": float(np.median(totals["plain"])),
-        "steered_bytes": float(np.median(totals["steered"])),
-        "ratio": ratio,
-        "ci_low": low,
-        "ci_high": high,
-    }
-
-
 def main() -> None:
     """Measures and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +169,12 @@ def main() -> None:
     if arguments.output is None:
         parser.error("--output is required")
     wall = [measure_wall(name, 10 if arguments.quick else 36) for name in arguments.models]
-    memory = [measure_memory(name, 1 if arguments.quick else 5) for name in arguments.models]
+    memory = [
+        compare_peak_memory(
+            f"memory_{name}", [__file__, "--models", name, "--peak-memory"], 1 if arguments.quick else 5
+        )
+        for name in arguments.models
+    ]
     ratios = {"wall": max(row["ratio"] for row in wall), "memory": max(row["ratio"] for row in memory)}
     report = {"machine": describe_machine(), "versions": describe_versions(), "rows": wall + memory, "ratios": ratios}
     write_report(report, arguments.output)

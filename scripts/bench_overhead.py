@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from benchmarking import describe_machine, describe_versions, median_ratio, write_report
+from benchmarking import compare_peak_memory, describe_machine, describe_versions, median_ratio, write_report
 from llmrl_envs.fine_tuning import FineTuningEnv
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.reference import given_rate_schedule
@@ -124,7 +122,7 @@ def measure_reset(num_resets: int) -> dict[str, Any]:
 
 
 def peak_memory(variant: str) -> None:
-    """Prints the peak of one LoRA job above the process's memory before it, bytes; run in a process of its own."""
+    """Prints the peak memory of one LoRA job, bytes; run in a process of its own."""
     task = make_task("lora", PERIOD_STEPS * 6)
     job = JobLibrary().job(task)
     process = psutil.Process()
@@ -134,33 +132,13 @@ def peak_memory(variant: str) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    before = 0 if cuda else process.memory_info().rss
     loop = PlainLoop(job) if variant == "plain" else SteeredLoop(job)
     peak = 0
     for _ in range(6):
         loop.interval()
-        peak = max(peak, torch.cuda.max_memory_allocated() if cuda else process.memory_info().rss - before)
-    # On a CPU the whole process is what a person sees grow; its change alone would be noise over almost nothing.
-    print(json.dumps({"above_start": peak, "total": peak if cuda else process.memory_info().rss}))
-
-
-def measure_memory(num_pairs: int) -> dict[str, Any]:
-    """Peak memory of both variants in fresh processes."""
-    totals: dict[str, list[int]] = {"plain": [], "steered": []}
-    for _ in range(num_pairs):
-        for variant, found in totals.items():
-            command = [sys.executable, __file__, "--peak-memory", variant]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(printed.strip().splitlines()[-1])["total"])
-    ratio, low, high = median_ratio(np.array(totals["steered"], float), np.array(totals["plain"], float))
-    return {
-        "name": "memory_lora",
-        "plain_bytes": float(np.median(totals["plain"])),
-        "steered_bytes": float(np.median(totals["steered"])),
-        "ratio": ratio,
-        "ci_low": low,
-        "ci_high": high,
-    }
+        # On a CPU the whole process is what a person sees grow; its change alone would be noise over almost nothing.
+        peak = max(peak, torch.cuda.max_memory_allocated() if cuda else process.memory_info().rss)
+    print(json.dumps(peak))
 
 
 def main() -> None:
@@ -177,7 +155,8 @@ def main() -> None:
         parser.error("--output is required")
     pairs = 10 if arguments.quick else 40
     rows = [measure_wall("full", pairs), measure_wall("lora", pairs)]
-    rows += [measure_memory(2 if arguments.quick else 5), measure_reset(3 if arguments.quick else 10)]
+    rows += [compare_peak_memory("memory_lora", [__file__, "--peak-memory"], 2 if arguments.quick else 5)]
+    rows += [measure_reset(3 if arguments.quick else 10)]
     by_name = {row["name"]: row for row in rows}
     ratios = {
         "wall": max(by_name["wall_full"]["ratio"], by_name["wall_lora"]["ratio"]),

@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,32 @@ def median_ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64
     resampled = np.median(ratios[rng.integers(len(ratios), size=(_RESAMPLES, len(ratios)))], axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(np.median(ratios)), float(low), float(high)
+
+
+def compare_peak_memory(name: str, arguments: list[str], num_pairs: int) -> dict[str, Any]:
+    """Peak memory of the variants "plain" and "steered", each in a fresh process, as a row of the report.
+
+    Args:
+        name: Name of the row.
+        arguments: Script and options; the variant is put behind them. The last line printed is the peak in bytes.
+        num_pairs: Processes of each variant.
+    """
+    totals: dict[str, list[float]] = {"plain": [], "steered": []}
+    for _ in range(num_pairs):
+        for variant, found in totals.items():
+            command = [sys.executable, *arguments, variant]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.append(float(json.loads(printed.strip().splitlines()[-1])))
+    plain, steered = np.array(totals["plain"]), np.array(totals["steered"])
+    ratio, low, high = median_ratio(steered, plain)
+    return {
+        "name": name,
+        "plain_bytes": float(np.median(plain)),
+        "steered_bytes": float(np.median(steered)),
+        "ratio": ratio,
+        "ci_low": low,
+        "ci_high": high,
+    }
 
 
 def write_report(report: dict[str, Any], output: Path) -> None:

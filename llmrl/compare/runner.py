@@ -32,7 +32,7 @@ from llmrl.compare.results import ComparisonShape, make_results
 from llmrl.config import CompareConfig, TrackingConfig
 from llmrl.config_loading import config_to_dict, config_to_yaml
 from llmrl.run_directory import atomic_write_json, atomic_write_text, create_run_directory, to_json_value
-from llmrl.tracking import Tracker, make_tracker
+from llmrl.tracking import Tracker, ending, make_tracker
 from llmrl.tracking.runs import RecordedRun
 
 CONFIG_FILE, METHODS_FILE, RUNS_FOLDER = "config.yaml", "methods.json", "runs"
@@ -58,17 +58,13 @@ def compare(*, config: CompareConfig, output: Path, policy: str) -> dict[str, An
     _claim_directory(output, config, methods)
     plan = make_plan(config, methods, sweep, device.type)
     tracker = make_tracker(config.tracking, "compare", output, {**config_to_dict(config), "policy": policy})
-    try:
+    with ending(tracker):
         found = _find_results(Setting(config, policy, output / RUNS_FOLDER), plan, tracker)
         results: dict[str, Any] = to_json_value(
             make_results(ComparisonShape.of(config), plan, found, _describe(methods, policy))
         )
         _write(results, output)
         _track(results, output, tracker)
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
-    tracker.finish()
     _announce(results, output)
     return results
 
@@ -86,14 +82,9 @@ def compare_runs(*, runs: Sequence[RecordedRun], output: Path, tracking: Trackin
     """
     results = compare_existing(runs)
     create_run_directory(output)
-    tracker = make_tracker(tracking, "compare", output, {"runs": [run.label for run in runs]})
-    try:
+    with ending(make_tracker(tracking, "compare", output, {"runs": [run.label for run in runs]})) as tracker:
         _write(results, output)
         _track(results, output, tracker)
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
-    tracker.finish()
     _announce(results, output)
     return results
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from llmrl.dqn.learner import Learner
     from llmrl.dqn.td_loss import TensorBatch
 
-# mean loss [], priority [B], mean value [], gradient norm []
-Measured = tuple[Tensor | float, Tensor, Tensor | float, Tensor]
+Measured = tuple[Tensor, Tensor, Tensor, Tensor]  # mean loss [], priority [B], mean value [], gradient norm []
 
 WARM_UP_STEPS = 3  # libraries allocate their workspaces in the first few; none of that may fall into the recording
 
@@ -78,7 +77,7 @@ class CapturedUpdate:
         for own, given in zip(self._inputs, batch, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
-        loss, priority, value, norm = (torch.as_tensor(output).clone() for output in self._outputs)
+        loss, priority, value, norm = (tensor.clone() for tensor in self._outputs)
         return loss, priority, value, norm
 
 

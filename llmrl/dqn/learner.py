@@ -146,6 +146,8 @@ class Learner:
             self.online.resample_noise(self.generator)
             self.target.resample_noise(self.generator)
         self._set_learning_rate()
+        loss: Tensor | float
+        value: Tensor | float
         if can_capture(self):
             loss, priority, value, norm = self._replayed(TensorBatch.from_numpy(batch, self.device))
             skipped = not math.isfinite(float(norm))
@@ -156,7 +158,7 @@ class Learner:
         self._finish()
         return UpdateResult(loss, priority, value, norm, skipped)
 
-    def backward(self, batch: Batch) -> Measured:
+    def backward(self, batch: Batch) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """Fills the gradient; returns mean loss, priorities [B], mean value and gradient norm, all detached."""
         if self._analytic is None:
             return self.differentiate(TensorBatch.from_numpy(batch, self.device))

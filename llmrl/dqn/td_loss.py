@@ -42,7 +42,7 @@ def elementwise_loss(
     if config.head != "expected":
         return _distribution_loss(config, online, target, batch, outputs)
     td = td_error(config, online, target, batch, outputs)
-    loss = elementwise(config, td)
+    loss = losses.huber(td, config.huber_delta) if config.loss == "huber" else losses.squared(td)
     if config.conservative_weight:
         loss = loss + config.conservative_weight * losses.conservative_penalty(outputs, batch.action, batch.mask)
     return loss, td.detach().abs(), losses.select(outputs.detach(), batch.action)
@@ -72,11 +72,6 @@ def td_error(
     return losses.q_learning_td_error(
         outputs, batch.action, batch.reward, batch.discount, target_outputs, batch.next_mask
     )
-
-
-def elementwise(config: DQNConfig, td: Tensor) -> Tensor:  # [B] -> [B]
-    """The loss of each TD error."""
-    return losses.huber(td, config.huber_delta) if config.loss == "huber" else losses.squared(td)
 
 
 def _distribution_loss(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.tracking.decisions import DecisionLog
-from llmrl.tracking.tracker import JobType, NullTracker, Tracker, TrackerGroup
+from llmrl.tracking.tracker import JobType, NullTracker, Tracker, TrackerGroup, ending
 from llmrl.tracking.wandb_tracker import (
     WandbTracker,
     make_wandb_tracker,
@@ -36,6 +36,7 @@ __all__ = [
     "Tracker",
     "TrackerGroup",
     "WandbTracker",
+    "ending",
     "make_tracker",
     "open_run_tracker",
     "resolve_wandb_mode",

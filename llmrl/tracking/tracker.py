@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -57,6 +58,17 @@ class NullTracker:
 
     def finish(self, *, failed: bool = False) -> None:
         """Does nothing."""
+
+
+@contextmanager
+def ending(tracker: Tracker) -> Iterator[Tracker]:
+    """Ends the record with the block; as crashed where the block raises."""
+    try:
+        yield tracker
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
 
 
 class TrackerGroup:
