@@ -98,12 +98,14 @@ def described_functions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _snippets(topics: Mapping[str, str]) -> Splits:
-    """Rows of text and label from topics by label."""
+    """Rows of text and label from topics by label; a text that comes again is dropped."""
     splits: Splits = {split: [] for split in MAX_SNIPPETS}
+    seen: set[str] = set()
     for label, topic in topics.items():
         for split, documents in load_corpus(topic).items():
-            texts = [text for document in documents for text in snippets(document)][: MAX_SNIPPETS[split]]
-            splits[split] += [{"text": text, "label": label} for text in texts]
+            texts = dict.fromkeys(text for document in documents for text in snippets(document) if text not in seen)
+            seen.update(texts)
+            splits[split] += [{"text": text, "label": label} for text in list(texts)[: MAX_SNIPPETS[split]]]
     return splits
 
 
