@@ -11,6 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llmrl_envs.builtin import builtin_model_path, load_corpus
+from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.jobs.reference import given_rate_schedule
+from llmrl_envs.jobs.session import FineTuningSession
+from llmrl_envs.jobs.task import FineTuningTask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = [
@@ -115,3 +119,23 @@ def test_making_it_again_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     for name in ("tokenizer.json", "config.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "first" / name).read_bytes() == (builtin_model_path() / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "objective", "data"),
+    [("gpt2", "language_modeling", "builtin:json"), ("bert", "classification", "builtin:kinds")],
+)
+def test_relatives_of_it_are_kept_at_stages_and_can_be_fine_tuned(tmp_path, architecture, objective, data):
+    script = Path(__file__).parents[3] / "scripts" / "make_base_model.py"
+    words = ["--architecture", architecture, "--hidden", "16", "--layers", "1", "--steps", "4", "--stages", "0.25", "1"]
+    command = [sys.executable, str(script), "--output", str(tmp_path / "base"), *words]
+    subprocess.run(command, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-s100", "base-s25"]
+    early, late = (tmp_path / f"base-s{percent}" for percent in (25, 100))
+    assert (early / "model.safetensors").read_bytes() != (late / "model.safetensors").read_bytes()
+    assert "the first 1 of 4 steps" in (early / "README.md").read_text()
+    task = FineTuningTask(model=str(late), objective=objective, data=data, steps=3, max_length=32)
+    session = FineTuningSession(JobLibrary("cpu").job(task), seed=0)
+    losses = session.run_interval(3, given_rate_schedule("constant", 3, 1e-3, 0.0)).loss
+    assert torch.isfinite(torch.from_numpy(losses)).all()

@@ -1,0 +1,93 @@
+"""The policy that ships: small, described, and found by its name wherever a policy is named."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llmrl_envs.errors import UserError
+
+from llmrl.cli import main
+from llmrl.hosts.trainer import ScheduleCallback
+from llmrl.policy import SchedulePolicy, hold_policy
+from llmrl.policy_reference import POLICY_FILES, locate_policy
+
+ROOT = Path(__file__).parents[2]
+MAX_BYTES = 1_000_000
+
+
+def test_it_is_small_and_nothing_but_a_policy() -> None:
+    folder = locate_policy("default")
+    assert folder == ROOT / "llmrl" / "policies" / "default"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == set(POLICY_FILES)
+    assert sum(path.stat().st_size for path in files) < MAX_BYTES
+
+
+def test_its_card_says_what_it_was_trained_on_and_where_it_ends() -> None:
+    folder = locate_policy("default")
+    assert folder is not None
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for heading in ("## Use", "## Training", "## Limits"):
+        assert heading in card
+
+
+def test_it_decides_something_for_every_observation() -> None:
+    policy = SchedulePolicy.from_pretrained("default")
+    assert policy.network is not None, "hold needs no files"
+    low, high = policy.spec.bounds()
+    obs = np.random.default_rng(0).uniform(low, high, size=(50, policy.spec.size)).astype(np.float32)
+    mask = np.ones((50, policy.table.num_actions), dtype=np.bool_)
+    decision = policy.act(obs, mask)
+    assert decision.actions.shape == (50,)
+    assert np.isfinite(decision.q_values).all()
+
+
+def test_the_command_line_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", "show", "default"]) == 0
+    assert "a learning-rate schedule policy" in capsys.readouterr().out
+
+
+def test_a_trainer_callback_takes_it_by_name() -> None:
+    assert ScheduleCallback("default").policy.network is not None
+
+
+def test_an_installation_without_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrl.policy_reference.resources.files", lambda package: tmp_path)
+    with pytest.raises(UserError, match="ships no default policy") as caught:
+        SchedulePolicy.from_pretrained("default")
+    assert "'hold'" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_it(tmp_path: Path) -> None:
+    """Built from a copy, with a policy that has learned nothing in its place."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("llmrl", "envs"):
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "policies")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    hold_policy().save_pretrained(copy / "llmrl" / "policies" / "default")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(copy),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"llmrl/policies/default/{path.name}" for path in (copy / "llmrl/policies/default").iterdir()} <= names
