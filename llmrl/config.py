@@ -302,8 +302,11 @@ class CompareConfig(Settings):
 
     Attributes:
         tasks: The jobs.
+        stress_tasks: Further jobs with bad batches, label noise or little data, started from their own rate and
+            reported apart.
         methods: What is compared; `policy` is the one of `--policy`.
         learning_rate_factors: Starting rates, as factors on each task's default rate.
+        tuned: Start every method from the best rate of the sweep as well.
         seeds: A list of seeds, or how many (0, 1, ..).
         oracle_factors: Rates, as factors on the default, of the sweep of linear-to-zero runs that scores 1.
         schedule: The base that the level multiplies, and where the level starts; not given: what the policy was
@@ -314,8 +317,10 @@ class CompareConfig(Settings):
     """
 
     tasks: tuple[FineTuningTask, ...] = Field(min_length=1)
+    stress_tasks: tuple[FineTuningTask, ...] = ()
     methods: tuple[str, ...] = Field(default=("policy", "hold", "constant", "linear", "cosine"), min_length=1)
-    learning_rate_factors: tuple[Positive, ...] = Field(default=(1 / 30, 1 / 3, 1.0, 3.0, 30.0), min_length=1)
+    learning_rate_factors: tuple[Positive, ...] = Field(default=(1 / 30, 0.1, 1 / 3, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    tuned: bool = True
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     oracle_factors: tuple[Positive, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
     schedule: ScheduleConfig | None = None
@@ -353,9 +358,14 @@ class CompareConfig(Settings):
             raise ValueError(f"expected every entry once, got {', '.join(map(repr, repeated))} more than once")
         return value
 
+    @property
+    def all_tasks(self) -> tuple[FineTuningTask, ...]:
+        """The tasks, those of `stress_tasks` behind the others; results count them so."""
+        return self.tasks + self.stress_tasks
+
     @model_validator(mode="after")
     def _check_names(self) -> CompareConfig:
-        names = [task.name for task in self.tasks]
+        names = [task.name for task in self.all_tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"expected tasks of different names, got {', '.join(names)}")
         return self
