@@ -25,7 +25,7 @@ from llmrl.tracking.runs import RecordedRun
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 FINISHED = "finished"
-_RESULT_KEYS = frozenset(RunResult.model_fields)
+_RESULT_KEYS = frozenset(name for name, field in RunResult.model_fields.items() if field.is_required())
 
 
 @dataclass(frozen=True)
