@@ -319,7 +319,9 @@ class CompareConfig(Settings):
     tasks: tuple[FineTuningTask, ...] = Field(min_length=1)
     stress_tasks: tuple[FineTuningTask, ...] = ()
     methods: tuple[str, ...] = Field(default=("policy", "hold", "constant", "linear", "cosine"), min_length=1)
-    learning_rate_factors: tuple[Positive, ...] = Field(default=(1 / 30, 0.1, 1 / 3, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    learning_rate_factors: tuple[Positive, ...] = Field(
+        default=(1 / 30, 0.1, 1 / 3, 1.0, 3.0, 10.0, 30.0), min_length=1
+    )
     tuned: bool = True
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     oracle_factors: tuple[Positive, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)

@@ -23,6 +23,7 @@ from llmrl.compare.cache import RunResult, RunStore
 from llmrl.compare.methods import Method, resolve_methods, sweep_method
 from llmrl.compare.plan import Run
 from llmrl.config import CompareConfig
+from llmrl.hosts.curve import NUM_CURVE_POINTS
 from llmrl.hosts.job import run_job
 from llmrl.progress import make_progress
 
@@ -82,6 +83,7 @@ class Trainer:
             seed=run.seed,
             settings=method.settings,
             guarded=method.guarded,
+            curve_points=NUM_CURVE_POINTS,
             on_decision=None if on_step is None else lambda record: on_step(record.step),
         )
         result = RunResult.from_job(outcome)

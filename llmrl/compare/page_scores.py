@@ -196,8 +196,8 @@ def compute_section(results: Mapping[str, Any], palette: Palette) -> str:
     headings = ["method", "cost of a job", "jobs", "runs", "trainings", "tokens trained a job",
                 "tokens evaluated a job", "seconds a job", "peak memory"]  # fmt: skip
     intro = (
-        "A job is one start. Runs that several starts share count once under runs. Trainings are all that the runs took, "
-        "trials of a search and members of a population included. The cost of a tuned start contains the sweep, where "
-        "the given rate matters to the method. Losses measured for curves and tables cost nothing."
+        "A job is one start. Runs that several starts share count once under runs. Trainings are all that the runs "
+        "took, trials of a search and members of a population included. The cost of a tuned start contains the sweep, "
+        "where the given rate matters to the method. Losses measured for curves and tables cost nothing."
     )
     return section("compute", "Compute", intro, table(headings, lines))

@@ -1,10 +1,10 @@
 """The situations that a comparison looks at, one name each.
 
-    default  the task's own rate
-    wrong    that rate times every other of `learning_rate_factors`
-    tuned    the rate that the sweep found best for the task
-    stress   tasks of `stress_tasks` (bad batches, label noise, tiny data), from their own rate
-    all      every row
+default  the task's own rate
+wrong    that rate times every other of `learning_rate_factors`
+tuned    the rate that the sweep found best for the task
+stress   tasks of `stress_tasks` (bad batches, label noise, tiny data), from their own rate
+all      every row
 """
 
 from __future__ import annotations

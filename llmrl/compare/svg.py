@@ -99,10 +99,8 @@ class Panel:
         self._text((self.LEFT + right) / 2, self.height - 4, x_label, "label middle")
         self._text(self.LEFT, 13, title, "heading")
         if y_label:
-            middle = (self.TOP + bottom) / 2
-            self._parts.append(
-                f'<text class="label middle" transform="translate(10 {middle:.1f}) rotate(-90)">{escape(y_label)}</text>'
-            )
+            place = f"translate(10 {(self.TOP + bottom) / 2:.1f}) rotate(-90)"
+            self._parts.append(f'<text class="label middle" transform="{place}">{escape(y_label)}</text>')
 
     def _ticks(self, axis: int) -> list[float]:
         low, high = self._ranges[axis]
