@@ -72,11 +72,16 @@ def compute_of(
     """
     entries = {name: _totals([cell for cell in plan.rows if cell.method == name], found) for name in methods}
     for name, entry in entries.items():
-        costs = [row["cost"] for row in rows if row["method"] == name and row["cost"] is not None]
-        entry["cost_per_job"] = sum(costs) / len(costs) if costs else None
+        own = [row for row in rows if row["method"] == name and row["cost"] is not None]
+        entry["cost_per_job"] = _mean([row["cost"] for row in own if row["regime"] != TUNED_RATE])
+        entry["cost_per_tuned_job"] = _mean([row["cost"] for row in own if row["regime"] == TUNED_RATE])
     sweep = _totals(plan.sweep, found, num_jobs)
-    sweep["cost_per_job"] = len(plan.sweep) / num_jobs if plan.sweep else None
+    sweep["cost_per_job"] = sweep["cost_per_tuned_job"] = len(plan.sweep) / num_jobs if plan.sweep else None
     return {**entries, "sweep": sweep}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _totals(cells: Sequence[Cell], found: Found, num_jobs: int | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`report.html`: a comparison for a reader, in one file that needs no network.
 
-Its sections are made in `llmrl.compare.page_*`. Style and script stand beside this file. Without the script the page loses sorting and hiding, nothing else.
+Its sections are made in `llmrl.compare.page_*`. Style and script stand beside this file. Without the script the page
+loses sorting and hiding, nothing else.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmrl.compare.page_parts import Cell, Palette, details, interval, number, plain, section, share, short, table
-from llmrl.compare.regimes import ALL_ROWS, REGIMES, TITLES
+from llmrl.compare.regimes import ALL_ROWS, REGIMES, TITLES, main_regime
 from llmrl.compare.report import shown_regimes
 from llmrl.compare.svg import Panel, interval_bar, nice_ticks
 
@@ -19,10 +19,12 @@ LOWEST_SHOWN = -1.0
 def scores_section(results: Mapping[str, Any], palette: Palette) -> str:
     """Score with both intervals in every regime, one line a method."""
     regimes = [*shown_regimes(results), ALL_ROWS]
+    main = main_regime(regimes)
     spans = {regime: _span(results["aggregate"], regime) for regime in regimes}
     rows = []
     for method, entry in results["aggregate"].items():
-        total = entry[ALL_ROWS]
+        total, cost = entry[ALL_ROWS], results["compute"][method]["cost_per_job"]
+        per_cost = entry.get(main, {}).get("score_per_cost")
         cells = [_score_cell(entry.get(regime), spans[regime], palette.kind(method)) for regime in regimes]
         won = total["probability_of_improvement"]
         told = interval(total["improvement_ci_low"], total["improvement_ci_high"], 2)
@@ -32,16 +34,17 @@ def scores_section(results: Mapping[str, Any], palette: Palette) -> str:
                 *cells,
                 Cell(f"{share(won)}<small>{told}</small>", won),
                 Cell(f"{total['failures']}/{total['num_runs']}", total["failures"] / max(total["num_runs"], 1)),
-                Cell(number(total["cost"], 2), total["cost"]),
-                Cell(number(total["score_per_cost"], 2), total["score_per_cost"]),
+                Cell(number(cost, 2), cost),
+                Cell(number(per_cost, 2), per_cost),
             ]
         )
-    headings = ["method", *(TITLES[name] for name in regimes), "beats linear", "failed", "cost", "score per cost"]
+    headings = ["method", *(TITLES[name] for name in regimes), "beats linear", "failed", "cost"]
+    headings.append(f"score per cost ({TITLES[main]})")
     intro = (
         "Interquartile mean of the score on the test split: 0 is the model before training, 1 the best linear decay of "
         "the learning-rate sweep. Thick line and brackets: 95 % interval over seeds of these tasks. Thin line: 95 % "
-        "interval over tasks as well. Cost: compute of a job in linear decays, with everything that the method trained "
-        "and evaluated."
+        "interval over tasks as well. Cost: compute of a job in linear decays of the same task, with everything that the "
+        "method trained and evaluated."
     )
     return section("scores", "Scores", intro, table(headings, rows, "scores"))
 
@@ -187,13 +190,13 @@ def compute_section(results: Mapping[str, Any], palette: Palette) -> str:
         lines.append(
             [
                 name,
-                Cell(number(entry["cost_per_job"], 2), entry["cost_per_job"]),
+                *(Cell(number(entry[key], 2), entry[key]) for key in ("cost_per_job", "cost_per_tuned_job")),
                 *(Cell(plain(entry[key]), entry[key]) for key in columns),
                 Cell(number(entry["seconds_per_job"], 1), entry["seconds_per_job"]),
                 Cell("–" if memory is None else plain(memory / 2**20, " MiB"), memory),
             ]
         )
-    headings = ["method", "cost of a job", "jobs", "runs", "trainings", "tokens trained a job",
+    headings = ["method", "cost of a job", "of a tuned job", "jobs", "runs", "trainings", "tokens trained a job",
                 "tokens evaluated a job", "seconds a job", "peak memory"]  # fmt: skip
     intro = (
         "A job is one start. Runs that several starts share count once under runs. Trainings are all that the runs "

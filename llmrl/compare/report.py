@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from llmrl.compare.regimes import ALL_ROWS, REGIMES, TITLES
+from llmrl.compare.regimes import ALL_ROWS, REGIMES, TITLES, main_regime
 from llmrl.run_directory import atomic_write_text
 
 _REGIMES_BESIDE_THE_REST = 2
@@ -42,10 +42,14 @@ def shown_regimes(results: Mapping[str, Any]) -> list[str]:
 
 
 def table_cells(results: Mapping[str, Any], digits: int = 3) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of the summary: a method a line, its scores in every regime, wins, failures and cost."""
+    """Headings and lines of the summary: a method a line, its scores in every regime, wins, failures and cost.
+
+    "linear runs" is the compute of a job in linear decays, and "score a run" the score over it at wrong rates.
+    """
     compute = results["compute"]
     regimes = shown_regimes(results)
     headings = ["method", *(TITLES[name] for name in regimes)]
+    main = main_regime(regimes)
     headings += ["beats linear", "failed", "tokens a job", "linear runs", "score a run"]
     lines = []
     for method, entry in results["aggregate"].items():
@@ -57,8 +61,8 @@ def table_cells(results: Mapping[str, Any], digits: int = 3) -> tuple[list[str],
                 _share(total["probability_of_improvement"]),
                 f"{total['failures']}/{total['num_runs']}",
                 f"{compute[method]['tokens_trained_per_job']:,.0f}",
-                _decimal(total["cost"]),
-                _decimal(total["score_per_cost"]),
+                _decimal(compute[method]["cost_per_job"]),
+                _decimal(entry.get(main, {}).get("score_per_cost")),
             ]
         )
     sweep = compute["sweep"]
