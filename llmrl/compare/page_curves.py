@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmrl.compare.page_parts import Palette, details, section
+from llmrl.compare.page_parts import Palette, details, factor_label, section
 from llmrl.compare.regimes import DEFAULT_RATE, TITLES
 from llmrl.compare.svg import Panel
 
@@ -44,7 +44,7 @@ def starts_of(curves: Sequence[Curve]) -> list[tuple[str, float]]:
 
 def start_title(regime: str, factor: float) -> str:
     """What a start is called."""
-    return TITLES[regime] if regime in (DEFAULT_RATE, "stress") else f"{TITLES[regime]} (×{factor:.3g})"
+    return TITLES[regime] if regime in (DEFAULT_RATE, "stress") else f"{TITLES[regime]} ({factor_label(factor)})"
 
 
 def loss_range(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmrl.compare.page_parts import Cell, Palette, details, interval, number, p_value, section, share, short, table
 from llmrl.compare.page_scores import shaded
-from llmrl.compare.regimes import ALL_ROWS, TITLES
+from llmrl.compare.regimes import ALL_ROWS, TITLES, main_regime
 from llmrl.compare.report import shown_regimes
 from llmrl.compare.svg import interval_bar
 
@@ -21,8 +21,8 @@ def pairs_section(results: Mapping[str, Any], palette: Palette) -> str:
     reference = results["paired"]["reference"]
     regimes = {name: told for name, told in results["paired"]["regimes"].items() if told}
     tables = "".join(
-        details(TITLES[regime], _pair_table(told, palette, reference), is_open=place == 0)
-        for place, (regime, told) in enumerate(regimes.items())
+        details(TITLES[regime], _pair_table(told, palette, reference), is_open=regime == main_regime(regimes))
+        for regime, told in regimes.items()
     )
     intro = (
         f"Score of {short(reference)} minus score of the other method, from the same task, rate and seed: above zero "
@@ -80,8 +80,9 @@ def _p_cell(value: float) -> Cell:
 
 def matrix_section(results: Mapping[str, Any], palette: Palette) -> str:
     """Probability of improvement of every method over every other one, a table for every regime."""
+    main = main_regime(results["improvement"])
     tables = "".join(
-        details(TITLES[regime], _matrix_table(matrix, palette), is_open=regime == ALL_ROWS)
+        details(TITLES[regime], _matrix_table(matrix, palette), is_open=regime == main)
         for regime, matrix in results["improvement"].items()
     )
     intro = (
@@ -96,7 +97,7 @@ def _matrix_table(matrix: Mapping[str, Mapping[str, Any]], palette: Palette) -> 
         [palette.name_cell(method), *(_matrix_cell(method, other, matrix) for other in palette.methods)]
         for method in palette.methods
     ]
-    return table(["", *(short(name, 14) for name in palette.methods)], lines, "heat")
+    return table(["", *(short(name, 20) for name in palette.methods)], lines, "heat")
 
 
 def _matrix_cell(method: str, other: str, matrix: Mapping[str, Mapping[str, Any]]) -> Cell:

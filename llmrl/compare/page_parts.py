@@ -108,7 +108,14 @@ def short(name: str, length: int = 28) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number with so many digits behind the point; a dash for none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def factor_label(factor: float) -> str:
+    """A starting rate against the default one: ×3, /30, 1."""
+    if factor == 1.0:
+        return "1"
+    return f"×{factor:.3g}" if factor > 1.0 else f"/{1.0 / factor:.3g}"
 
 
 def plain(value: float | None, unit: str = "") -> str:

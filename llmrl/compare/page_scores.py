@@ -8,17 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from llmrl.compare.page_parts import Cell, Palette, details, interval, number, plain, section, share, short, table
+from llmrl.compare.page_parts import (
+    Cell,
+    Palette,
+    details,
+    factor_label,
+    interval,
+    number,
+    plain,
+    section,
+    share,
+    short,
+    table,
+)
 from llmrl.compare.regimes import ALL_ROWS, REGIMES, TITLES, main_regime
 from llmrl.compare.report import shown_regimes
-from llmrl.compare.svg import Panel, interval_bar, nice_ticks
+from llmrl.compare.svg import Panel, interval_bar
 
 LOWEST_SHOWN = -1.0
 
 
 def scores_section(results: Mapping[str, Any], palette: Palette) -> str:
     """Score with both intervals in every regime, one line a method."""
-    regimes = [*shown_regimes(results), ALL_ROWS]
+    regimes = shown_regimes(results)
     main = main_regime(regimes)
     spans = {regime: _span(results["aggregate"], regime) for regime in regimes}
     rows = []
@@ -39,7 +51,7 @@ def scores_section(results: Mapping[str, Any], palette: Palette) -> str:
             ]
         )
     headings = ["method", *(TITLES[name] for name in regimes), "beats linear", "failed", "cost"]
-    headings.append(f"score per cost ({TITLES[main]})")
+    headings.append(f"score / cost, {TITLES[main]}")
     intro = (
         "Interquartile mean of the score on the test split: 0 is the model before training, 1 the best linear decay of "
         "the learning-rate sweep. Thick line and brackets: 95 % interval over seeds of these tasks. Thin line: 95 % "
@@ -86,8 +98,8 @@ def rates_section(results: Mapping[str, Any], palette: Palette) -> str:
     }
     known = [y for line in points.values() for _, y in line if y is not None]
     bottom = max(min([*known, 0.0]), LOWEST_SHOWN)
-    panel = Panel((factors[0], factors[-1]), (bottom, max([*known, 1.0]) + 0.05), width=680, height=320, log_x=True)
-    ticks = [(factor, _factor(factor)) for factor in factors]
+    panel = Panel((factors[0], factors[-1]), (bottom, max([*known, 1.0]) + 0.05), width=860, height=340, log_x=True)
+    ticks = [(factor, factor_label(factor)) for factor in factors]
     panel.axes(x_label="starting rate / default rate", y_label="score (IQM)", x_ticks=ticks)
     for level in (0.0, 1.0):
         panel.level(level)
@@ -97,21 +109,13 @@ def rates_section(results: Mapping[str, Any], palette: Palette) -> str:
     return section("rates", "Score over the starting rate", intro, palette.legend() + panel.svg())
 
 
-def _factor(factor: float) -> str:
-    if factor >= 1.0:
-        return f"×{factor:.3g}" if factor > 1.0 else "1"
-    inverse = 1.0 / factor
-    return f"/{inverse:.3g}"
-
-
 def profiles_section(results: Mapping[str, Any], palette: Palette) -> str:
     """Performance profiles, a panel for every regime."""
     taus = results["profiles"]["taus"]
     panels = []
     for regime, profiles in results["profiles"]["regimes"].items():
-        panel = Panel((taus[0], taus[-1]), (0.0, 1.0), width=330, height=240)
-        ticks = [(value, f"{value:g}") for value in nice_ticks(taus[0], taus[-1])]
-        panel.axes(title=TITLES[regime], x_label="score τ", y_label="share of runs above τ", x_ticks=ticks)
+        panel = Panel((falls_from(profiles, taus), taus[-1]), (0.0, 1.0), width=298, height=230)
+        panel.axes(title=TITLES[regime], x_label="score τ", y_label="" if panels else "share of runs above τ")
         panel.mark(1.0)
         for method in (name for name in palette.in_front_last() if name in profiles):
             told = profiles[method]
@@ -126,6 +130,12 @@ def profiles_section(results: Mapping[str, Any], palette: Palette) -> str:
     return section("profiles", "Performance profiles", intro, palette.legend() + _grid(panels))
 
 
+def falls_from(profiles: Mapping[str, Any], taus: Sequence[float]) -> float:
+    """The highest tau below which every run scores, down to a quarter: what lies left of it shows nothing."""
+    lost = [tau for told in profiles.values() for tau, share in zip(taus, told["share"], strict=True) if share < 1.0]
+    return max(taus[0], math.floor(4.0 * min([*lost, 0.75])) / 4.0 - 0.05)
+
+
 def _grid(panels: Sequence[str]) -> str:
     return f'<div class="grid">{"".join(panels)}</div>'
 
@@ -137,7 +147,7 @@ def tasks_section(results: Mapping[str, Any], palette: Palette) -> str:
     for regime in present:
         rows = [row for row in results["rows"] if regime in (ALL_ROWS, row["regime"])]
         title = f"{TITLES[regime]} ({len({row['task'] for row in rows})} tasks)"
-        tables.append(details(title, _task_table(rows, palette), is_open=regime == present[0]))
+        tables.append(details(title, _task_table(rows, palette), is_open=regime == main_regime(present)))
     oracles = [
         [
             Cell(task, task, "name"),

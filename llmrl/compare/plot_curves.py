@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrl.compare.page_curves import loss_range, shown_rates, start_title, starts_of
 from llmrl.compare.page_parts import Palette, short
+from llmrl.compare.page_scores import falls_from
 from llmrl.compare.regimes import TITLES
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def draw_profiles(results: Mapping[str, Any], path: Path) -> None:
         axes.axvline(1.0, color="black", linewidth=0.7, linestyle=":")
         axes.set_title(TITLES[regime], fontsize=10)
         axes.set_xlabel("score τ")
+        axes.set_xlim(falls_from(profiles, taus), taus[-1])
         axes.set_ylim(-0.02, 1.02)
         if place == 0:
             axes.set_ylabel("share of runs above τ")

@@ -58,7 +58,7 @@ class Panel:
         log_y: Logarithmic y axis.
     """
 
-    LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 34
+    LEFT, RIGHT, TOP, BOTTOM = 46, 14, 22, 34
 
     def __init__(
         self,
@@ -186,11 +186,11 @@ def interval_bar(
             parts.append(
                 f'<line class="{name} {kind}" x1="{scale(ends[0]):.1f}" x2="{scale(ends[1]):.1f}" y1="7" y2="7"/>'
             )
-    parts.append(f'<g class="dot {kind}"><circle cx="{scale(value):.1f}" cy="7" r="3.4"/></g>')
+    parts.append(f'<g class="dot {kind}"><circle cx="{scale(value):.1f}" cy="7" r="3"/></g>')
     return f'<svg class="bar" viewBox="0 0 {width} 14" width="{width}" height="14">{"".join(parts)}</svg>'
 
 
 def _number(value: float) -> str:
-    if value != 0.0 and not 1e-3 <= abs(value) < 1e4:
+    if value != 0.0 and not 5e-3 <= abs(value) < 1e4:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:g}"
