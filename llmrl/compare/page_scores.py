@@ -55,8 +55,8 @@ def scores_section(results: Mapping[str, Any], palette: Palette) -> str:
     intro = (
         "Interquartile mean of the score on the test split: 0 is the model before training, 1 the best linear decay of "
         "the learning-rate sweep. Thick line and brackets: 95 % interval over seeds of these tasks. Thin line: 95 % "
-        "interval over tasks as well. Cost: compute of a job in linear decays of the same task, with everything that the "
-        "method trained and evaluated."
+        "interval over tasks as well. Cost: compute of a job in linear decays of the same task, with everything that "
+        "the method trained and evaluated."
     )
     return section("scores", "Scores", intro, table(headings, rows, "scores"))
 

@@ -106,12 +106,14 @@ class Planner:
                     self.plan.sweep.append(self._cell(task, self._sweep, TUNED_RATE, factor, seed, reused=False))
 
     def add_tuned(self, factors: Mapping[int, float]) -> None:
-        """Plans the second stage.
+        """Plans the second stage; tasks of `stress_tasks` have none.
 
         Args:
             factors: Best rate of the sweep, as a factor on the default, by place of the task.
         """
-        for task, factor in factors.items():
+        for task in range(len(self._config.tasks)):
+            if (factor := factors.get(task)) is None:
+                continue
             for method in self._methods.values():
                 for seed in self._config.seeds:
                     self._add_row(task, method, TUNED_RATE, factor, seed)

@@ -14,7 +14,7 @@ from llmrl.compare.methods import LINEAR, POLICY
 from llmrl.compare.pairs import improvement_matrix, paired_differences, reference_method
 from llmrl.compare.plan import Plan
 from llmrl.compare.profiles import profile, profile_taus
-from llmrl.compare.regimes import TUNED_RATE
+from llmrl.compare.regimes import STRESS
 from llmrl.compare.rows import Found, Row, find_oracles, find_targets, make_row
 from llmrl.compare.scoring import SCORE_FLOOR, Oracle
 from llmrl.compare.statistics import CONFIDENCE, NUM_RESAMPLES
@@ -135,11 +135,11 @@ def _warnings(rows: Sequence[Row], oracles: Mapping[str, Oracle], shape: Compari
         if oracle.at_edge and oracle.learning_rate is not None
     ]
     if shape.tuned:
-        with_rows = {row["task"] for row in rows if row["regime"] == TUNED_RATE}
+        # Tasks of `stress_tasks` have no tuned rate in any case.
         told += [
             f"{task}: no rate of the sweep ends with a finite loss, so that nothing starts from a tuned rate"
-            for task, oracle in oracles.items()
-            if oracle.learning_rate is None and task not in with_rows
+            for task in dict.fromkeys(row["task"] for row in rows if row["regime"] != STRESS)
+            if oracles[task].learning_rate is None
         ]
     unscored = dict.fromkeys(f"{row['task']}: {row['note']}" for row in rows if row["score"] is None)
     if len(shape.seeds) == 1:
