@@ -12,7 +12,6 @@ OUTPUT/config.yaml     the configuration with every default filled in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +162,8 @@ def _describe(methods: Mapping[str, Method], policy: str) -> dict[str, dict[str,
         name: {
             "source": policy if name == "policy" else name,
             "digest": method.digest,
-            "actions": method.policy.table.name,
-            "schedule": asdict(method.settings),
+            **method.description,
+            "num_jobs": method.num_jobs,
             "depends_on_rate": method.depends_on_rate,
         }
         for name, method in methods.items()

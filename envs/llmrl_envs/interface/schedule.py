@@ -96,9 +96,10 @@ class ScheduleSettings:
 def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_steps: Integers) -> Floats:
     """The base schedule's factor for the optimizer step with index `step` (from 0), float64[E].
 
-    Rises linearly over the warm-up to 1, then is constant or falls: to zero at `total_steps` linearly, by a half cosine,
-    as the square of what is left ("polynomial"), or linearly over the last fifth ("wsd": warm-up, stable, decay); by a
-    half cosine to a tenth ("cosine_10"); or as the inverse square root of the step over the warm-up ("inverse_sqrt").
+    Rises linearly over the warm-up to 1, then is constant or falls: to zero at `total_steps` linearly, by a half
+    cosine, as the square of what is left ("polynomial"), or linearly over the last fifth ("wsd": warm-up, stable,
+    decay); by a half cosine to a tenth ("cosine_10"); or as the inverse square root of the step over the warm-up
+    ("inverse_sqrt").
 
     >>> base_factor("linear", np.array([0, 5, 10]), np.array(10), np.array(0))
     array([1. , 0.5, 0. ])
