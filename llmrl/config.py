@@ -13,20 +13,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import BASE_NAMES, ScheduleSettings
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
+from llmrl.compare.names import METHOD_NAMES
 from llmrl.dqn.config import FLAGS_READ, PRESETS, DQNConfig, PresetName
-from llmrl.policy_reference import DEFAULT, HOLD
 
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
-
-METHOD_NAMES = ("policy", HOLD, DEFAULT, *BASE_NAMES)
-"""Methods of a comparison that have names; any other is the reference of a policy."""
 
 _UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device", "vectorization", "groups")}
 _UNREAD_ELSEWHERE = ("tasks", "device", "vectorization", "groups", "actions", "observation", "reward", "schedule")

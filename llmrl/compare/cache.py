@@ -63,8 +63,8 @@ class RunResult(BaseModel):
     events: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
-    def from_job(cls, result: JobResult) -> RunResult:
-        """What of a job's result is kept."""
+    def from_job(cls, result: JobResult, num_trials: int = 1) -> RunResult:
+        """What of a job's result is kept; `num_trials` jobs were trained for it."""
         values = {
             "loss_initial": result.initial.loss,
             "loss_test": result.final.loss,
@@ -76,6 +76,7 @@ class RunResult(BaseModel):
             "curve": [asdict(point) for point in result.curve],
             "tokens_measured": result.tokens_measured,
             "peak_memory_bytes": result.peak_memory_bytes,
+            "num_trials": num_trials,
             "events": result.events,
         }
         return cls.model_validate_json(json.dumps(to_json_value(values)))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,14 @@ def compare(*, config: CompareConfig, output: Path, policy: str) -> dict[str, An
     Raises:
         UserError: Bad input; nothing has been trained then.
     """
-    methods, sweep = resolve_methods(config, policy), sweep_method(config)
+    setting = _setting(config, policy, output)
+    methods, sweep = resolve_methods(setting.config, policy), sweep_method(config)
     device = resolve_device(config.device)
     _claim_directory(output, config, methods)
     planner = Planner(config, methods, sweep, device.type)
     tracker = make_tracker(config.tracking, "compare", output, {**config_to_dict(config), "policy": policy})
     with ending(tracker):
-        found = _find_results(_setting(config, policy, output), planner, tracker)
+        found = _find_results(setting, planner, tracker)
         made = make_results(ComparisonShape.of(config), planner.plan, found, _describe(methods, policy))
         results: dict[str, Any] = to_json_value({**made, **_provenance(config_to_dict(config), device.type)})
         _write(results, output)
@@ -207,8 +207,8 @@ def _describe(methods: Mapping[str, Method], policy: str) -> dict[str, dict[str,
         name: {
             "source": policy if name == "policy" else name,
             "digest": method.digest,
-            "actions": method.policy.table.name,
-            "schedule": asdict(method.settings),
+            **method.description,
+            "num_jobs": method.num_jobs,
             "depends_on_rate": method.depends_on_rate,
         }
         for name, method in methods.items()

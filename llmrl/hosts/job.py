@@ -16,6 +16,7 @@ from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.session import Evaluation, FineTuningSession
 
+from llmrl.compare.names import SCHEDULE_NAMES
 from llmrl.decisions import DecisionLoop, DecisionRecord, interval_record
 from llmrl.hosts.accelerate import AcceleratorContext
 from llmrl.hosts.curve import CurvePoint, CurveRecorder
@@ -61,14 +62,19 @@ class JobResult:
 def named_schedule(name: str, warmup_fraction: float) -> SchedulePolicy:
     """A usual schedule as a policy: the base shape over the given rate, held.
 
+    Args:
+        name: One of `SCHEDULE_NAMES`.
+        warmup_fraction: Share of the budget; "constant" alone has none, and "constant_warmup" is constant with one.
+
     Raises:
         UserError: There is no such schedule.
     """
-    if name not in BASE_NAMES:
+    if name not in SCHEDULE_NAMES:
         raise UserError(
-            "unknown schedule", expected=f"one of {', '.join(BASE_NAMES)}", got=repr(name), where="--schedule"
+            "unknown schedule", expected=f"one of {', '.join(SCHEDULE_NAMES)}", got=repr(name), where="--schedule"
         )
-    base: BaseName = name
+    base: BaseName = next((known for known in BASE_NAMES if known == name), "constant")
+    warmup_fraction = 0.0 if name == "constant" else warmup_fraction
     table = action_table("factors")
     settings = ScheduleSettings(base=base, warmup_fraction=warmup_fraction, rollbacks=0, cooldown_progress=1.0)
     return SchedulePolicy(table, ObservationSpec(table), settings, None, {"name": name})
