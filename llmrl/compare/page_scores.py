@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def rates_section(results: Mapping[str, Any], palette: Palette) -> str:
 def profiles_section(results: Mapping[str, Any], palette: Palette) -> str:
     """Performance profiles, a panel for every regime."""
     taus = results["profiles"]["taus"]
-    panels = []
+    panels: list[str] = []
     for regime, profiles in results["profiles"]["regimes"].items():
         panel = Panel((falls_from(profiles, taus), taus[-1]), (0.0, 1.0), width=298, height=230)
         panel.axes(title=TITLES[regime], x_label="score τ", y_label="" if panels else "share of runs above τ")
@@ -150,7 +151,7 @@ def tasks_section(results: Mapping[str, Any], palette: Palette) -> str:
         tables.append(details(title, _task_table(rows, palette), is_open=regime == main_regime(present)))
     oracles = [
         [
-            Cell(task, task, "name"),
+            Cell(escape(task), task, "name"),
             Cell("–" if entry["learning_rate"] is None else f"{entry['learning_rate']:.3g}", entry["learning_rate"]),
             Cell(number(entry["loss_test"]), entry["loss_test"]),
             Cell("yes" if entry["at_edge"] else "no"),

@@ -7,7 +7,7 @@ two runs of a start share all but the method, and pairing them takes that noise 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -157,8 +157,8 @@ def _describe(differences: Sequence[Floats]) -> dict[str, Any]:
     }
 
 
-def reference_method(methods: Mapping[str, Any], policy: str, linear: str) -> str:
+def reference_method(methods: Sequence[str], policy: str, linear: str) -> str:
     """Whose advantage is told: the policy; without one the first method that is not linear decay."""
     if policy in methods:
         return policy
-    return next((name for name in methods if name != linear), next(iter(methods)))
+    return next((name for name in methods if name != linear), methods[0])

@@ -14,9 +14,6 @@ from llmrl.hosts.curve import CurvePoint
 Row: TypeAlias = dict[str, Any]
 Found: TypeAlias = Mapping[str, RunResult]
 
-FAILED_TRIALS = "failed_trials"
-"""Event of a method of several trainings: one of them ended worse than it began."""
-
 
 def make_row(cell: Cell, task: str, result: RunResult, oracle: Oracle, *, target: float, cost: float | None) -> Row:
     """The line of one start.
@@ -45,7 +42,7 @@ def make_row(cell: Cell, task: str, result: RunResult, oracle: Oracle, *, target
         "accuracy_test": result.accuracy_test,
         "score": score,
         "diverged": result.diverged,
-        "failures": int(result.diverged) + result.events.get(FAILED_TRIALS, 0),
+        "failures": int(result.diverged),
         "steps_to_target": steps,
         "target_reached": steps is not None if told else None,
         "seconds": result.seconds,
