@@ -180,7 +180,7 @@ def execute(setting: Setting, runs: Sequence[Run], on_result: Callable[[Run, Run
     if not runs:
         return
     methods = resolve_methods(setting.config, setting.policy)
-    chosen_later = [run for run in runs if isinstance(methods[run.method], BestLevelMethod)] if methods else []
+    chosen_later = [run for run in runs if isinstance(methods.get(run.method), BestLevelMethod)]
     choice = LevelChoice(setting, methods) if chosen_later else None
     wanted = {run.key for run in runs}
     hidden = [run for run in choice.runs() if run.key not in wanted] if choice else []
