@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.schedule import BASE_NAMES, Schedule, decision_intervals
+from llmrl_envs.interface.schedule import Schedule, decision_intervals
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
+from llmrl.compare.names import ALWAYS_RATE_INDEPENDENT, METHOD_NAMES, NUM_JOBS, POLICY_NAMES, SEARCH_TRIALS
 from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
 
 NUM_TIMED_STEPS = 3
@@ -118,15 +119,21 @@ def num_compared_runs(config: CompareConfig) -> int:
 
     A usual schedule runs once for every starting rate, and linear decay shares its runs with the sweep. A policy runs
     once, because the level that it starts at does not depend on the rate; one whose table or start does is counted
-    short.
+    short. The searches share their trials, of which the first is linear decay at the given rate.
     """
     factors, from_level = set(config.learning_rate_factors), config.schedule is None or config.schedule.start != "given"
     names = config.methods if "policy" in config.methods else ("policy", *config.methods)
-    runs = {("linear", factor) for factor in config.oracle_factors}
+    runs = {("linear", 0, factor) for factor in config.oracle_factors}
     for name in names:
-        once = name not in BASE_NAMES and from_level
-        runs |= {(name, factor) for factor in ({1.0} if once else factors)}
+        once = name in ALWAYS_RATE_INDEPENDENT or (from_level and _is_policy(name))
+        job = "search" if name in SEARCH_TRIALS else name
+        jobs = [("linear" if job == "search" and not index else job, index) for index in range(NUM_JOBS.get(name, 1))]
+        runs |= {(*job, factor) for job in jobs for factor in ({1.0} if once else factors)}
     return len(runs)
+
+
+def _is_policy(name: str) -> bool:
+    return name in POLICY_NAMES or name not in METHOD_NAMES
 
 
 def _training_seconds(config: TrainConfig, trials: tuple[TaskTrial, ...]) -> float:

@@ -22,10 +22,13 @@ NUM_LEVELS = len(action_table("moves").levels)
 NUM_JOBS = {**SEARCH_TRIALS, **POPULATION_MEMBERS, BEST_CONSTANT: NUM_LEVELS}
 """Jobs that one result takes, where it is more than one."""
 
-RATE_INDEPENDENT = frozenset({POLICY, HOLD, DEFAULT, RANDOM, BEST_CONSTANT, "prodigy"})
-"""Methods that have no use for the given rate; of policies those whose level starts at its default."""
+ALWAYS_RATE_INDEPENDENT = frozenset({BEST_CONSTANT, "prodigy"})
+"""Methods that have no use for the given rate."""
+
+POLICY_NAMES = (POLICY, HOLD, DEFAULT, RANDOM)
+"""Policies that have names. They have no use for the given rate either, if their level starts at its default."""
 
 METHOD_NAMES = (
-    POLICY, HOLD, DEFAULT, RANDOM, BEST_CONSTANT, *SCHEDULE_NAMES, *BASELINE_NAMES, *SEARCH_TRIALS, *POPULATION_MEMBERS,
+    *POLICY_NAMES, BEST_CONSTANT, *SCHEDULE_NAMES, *BASELINE_NAMES, *SEARCH_TRIALS, *POPULATION_MEMBERS,
 )  # fmt: skip
 """Methods of a comparison that have names; any other is the reference of a policy."""

@@ -56,7 +56,7 @@ def _feedback(name: str, make: Callable[[float], FeedbackRates], settings: dict[
 def _hypergradient(warmup_fraction: float) -> Baseline:
     return Baseline(
         lambda given, task: FixedRates("constant", given, task.steps),
-        {"baseline": "hypergradient", "hyper_rate": hypergradient.HYPER_RATE},
+        {"baseline": "hypergradient", "hyper_rate": hypergradient.HYPER_RATE, "most_change": hypergradient.MOST_CHANGE},
         make_optimizer=lambda task: hypergradient_adamw,
         effective_rate=_hypergradient_rate,
     )

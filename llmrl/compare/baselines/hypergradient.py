@@ -12,7 +12,7 @@ from llmrl_envs.jobs.task import OptimizerSettings
 from torch import Tensor
 from torch.nn import Parameter
 
-HYPER_RATE = 3.0
+HYPER_RATE, MOST_CHANGE = 3.0, 0.2
 _TINY = 1e-30
 
 
@@ -21,11 +21,13 @@ class HypergradientAdamW(torch.optim.Optimizer):
 
     With u_t Adam's update at rate one, the loss falls with the rate as fast as the next gradient agrees with it:
 
-        alpha_t = alpha_{t-1} * exp(beta * cos(g_t, u_{t-1}))
+        alpha_t = alpha_{t-1} * exp(clip(beta * cos(g_t, u_{t-1}), -0.2, 0.2))
 
     Baydin et al. 2018, https://arxiv.org/abs/1703.04782: their multiplicative rule 1 + beta * cos, written as the
-    exponential so that a rate stays positive at any beta. Their additive rule moves a rate by about as much whatever
-    its size, and cannot correct one that is ten times too high within a job.
+    exponential so that a rate stays positive at any beta, and limited to a fifth a step. Gradients of small batches
+    agree little (a cosine of 0.05 at a rate that is far too low), hence the large beta; where they agree well the rate
+    would explode without the limit. Their additive rule moves a rate by about as much whatever its size, and cannot
+    correct one that is ten times too high within a job.
 
     Args:
         groups: Parameter groups; decay by `weight_decay` of each. The `lr` of the first step is the rate to start from,
@@ -63,7 +65,8 @@ class HypergradientAdamW(torch.optim.Optimizer):
         if self.learning_rate is None:
             self.learning_rate = float(self.param_groups[0]["lr"])
         else:
-            self.learning_rate *= math.exp(self.hyper_rate * self._agreement([p for _, p in members]))
+            change = self.hyper_rate * self._agreement([p for _, p in members])
+            self.learning_rate *= math.exp(min(max(change, -MOST_CHANGE), MOST_CHANGE))
         for group, parameter in members:
             update = self._adam_update(parameter, group)
             parameter.mul_(1.0 - self.learning_rate * group["weight_decay"])
