@@ -19,6 +19,8 @@ from llmrl.compare.names import ALWAYS_RATE_INDEPENDENT, METHOD_NAMES, NUM_JOBS,
 from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
 
 NUM_TIMED_STEPS = 3
+_TUNED = 0.0
+"""Stands for the factor that only the sweep will tell."""
 GENTLE_RATE = 1e-6
 """Rate of the tried steps: they are timed, not meant to learn."""
 
@@ -95,7 +97,7 @@ def tasks_of(config: Settings) -> tuple[FineTuningTask, ...]:
         return config.env.tasks.tasks if config.env.id == FINE_TUNING_ID and config.env.tasks else ()
     if isinstance(config, FinetuneConfig):
         return (config.task,)
-    return config.tasks if isinstance(config, CompareConfig) else ()
+    return config.all_tasks if isinstance(config, CompareConfig) else ()
 
 
 def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:
@@ -109,19 +111,24 @@ def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:
     if isinstance(config, TrainConfig):
         return _training_seconds(config, trials)
     if isinstance(config, CompareConfig):
-        per_task = len(config.seeds) * num_compared_runs(config)
-        return per_task * sum(trial.job_seconds for trial in trials) / config.workers
+        usual = [trial.job_seconds for trial in trials[: len(config.tasks)]]
+        stress = [trial.job_seconds for trial in trials[len(config.tasks) :]]
+        a_seed = num_compared_runs(config) * sum(usual) + num_compared_runs(config, stress=True) * sum(stress)
+        return len(config.seeds) * a_seed / config.workers
     return sum(trial.job_seconds for trial in trials)
 
 
-def num_compared_runs(config: CompareConfig) -> int:
+def num_compared_runs(config: CompareConfig, *, stress: bool = False) -> int:
     """Different runs of a comparison for one task and seed, as far as the configuration tells without its policies.
 
     A usual schedule runs once for every starting rate, and linear decay shares its runs with the sweep. A policy runs
     once, because the level that it starts at does not depend on the rate; one whose table or start does is counted
     short. The searches share their trials, of which the first is linear decay at the given rate.
+    The tuned rate is counted as one more start, although it may be one of the others; tasks of `stress_tasks` have
+    their own rate only.
     """
-    factors, from_level = set(config.learning_rate_factors), config.schedule is None or config.schedule.start != "given"
+    factors = {1.0} if stress else {*config.learning_rate_factors, *([_TUNED] if config.tuned else [])}
+    from_level = config.schedule is None or config.schedule.start != "given"
     names = config.methods if "policy" in config.methods else ("policy", *config.methods)
     runs = {("linear", 0, factor) for factor in config.oracle_factors}
     for name in names:
@@ -129,7 +136,8 @@ def num_compared_runs(config: CompareConfig) -> int:
         job = "search" if name in SEARCH_TRIALS else name
         jobs = [("linear" if job == "search" and not index else job, index) for index in range(NUM_JOBS.get(name, 1))]
         runs |= {(*job, factor) for job in jobs for factor in ({1.0} if once else factors)}
-    return len(runs)
+    # Linear decay from the tuned rate is a run of the sweep.
+    return len(runs - {("linear", 0, _TUNED)})
 
 
 def _is_policy(name: str) -> bool:
