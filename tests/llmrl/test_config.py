@@ -247,3 +247,26 @@ def test_the_small_agents_take_what_they_read_also_from_a_file_with_every_defaul
     config = load_config("train", write(tmp_path, TRAIN), [f"agent={agent}"])
     again = load_config("train", write(tmp_path, config_to_yaml(config)))
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stress_tasks=[{name: job, data: a}]", "tasks of different names, got job, job"),
+        ("stress_tasks=[job]", "stress_tasks.0"),
+        ("stress_tasks=job", "stress_tasks"),
+        ("stress_task=[]", "did you mean 'stress_tasks'?"),
+        ("oracle_factors=[]", "wrong value of 'oracle_factors'"),
+        ("learning_rate_factors=[]", "wrong value of 'learning_rate_factors'"),
+        ("methods=[]", "wrong value of 'methods'"),
+        ("seeds=[]", "wrong value of 'seeds'"),
+        ("tasks=[]", "wrong value of 'tasks'"),
+        ("tuned=perhaps", "wrong value of 'tuned'"),
+    ],
+)
+def test_a_comparison_tells_what_is_wrong_with_its_regimes(tmp_path: Path, override: str, told: str) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text("tasks: [{name: job, data: a}]\n")
+    with pytest.raises(UserError) as caught:
+        load_config("compare", path, [override])
+    assert told in str(caught.value)
