@@ -13,20 +13,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import BASE_NAMES, ScheduleSettings
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
+from llmrl.compare.names import METHOD_NAMES
 from llmrl.dqn.config import FLAGS_READ, PRESETS, DQNConfig, PresetName
-from llmrl.policy_reference import DEFAULT, HOLD
 
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
-
-METHOD_NAMES = ("policy", HOLD, DEFAULT, *BASE_NAMES)
-"""Methods of a comparison that have names; any other is the reference of a policy."""
 
 _UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device", "vectorization", "groups")}
 _UNREAD_ELSEWHERE = ("tasks", "device", "vectorization", "groups", "actions", "observation", "reward", "schedule")
@@ -302,8 +299,11 @@ class CompareConfig(Settings):
 
     Attributes:
         tasks: The jobs.
+        stress_tasks: Further jobs with bad batches, label noise or little data, started from their own rate and
+            reported apart.
         methods: What is compared; `policy` is the one of `--policy`.
         learning_rate_factors: Starting rates, as factors on each task's default rate.
+        tuned: Start every method from the best rate of the sweep as well.
         seeds: A list of seeds, or how many (0, 1, ..).
         oracle_factors: Rates, as factors on the default, of the sweep of linear-to-zero runs that scores 1.
         schedule: The base that the level multiplies, and where the level starts; not given: what the policy was
@@ -314,8 +314,12 @@ class CompareConfig(Settings):
     """
 
     tasks: tuple[FineTuningTask, ...] = Field(min_length=1)
+    stress_tasks: tuple[FineTuningTask, ...] = ()
     methods: tuple[str, ...] = Field(default=("policy", "hold", "constant", "linear", "cosine"), min_length=1)
-    learning_rate_factors: tuple[Positive, ...] = Field(default=(1 / 30, 1 / 3, 1.0, 3.0, 30.0), min_length=1)
+    learning_rate_factors: tuple[Positive, ...] = Field(
+        default=(1 / 30, 0.1, 1 / 3, 1.0, 3.0, 10.0, 30.0), min_length=1
+    )
+    tuned: bool = True
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     oracle_factors: tuple[Positive, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
     schedule: ScheduleConfig | None = None
@@ -353,9 +357,14 @@ class CompareConfig(Settings):
             raise ValueError(f"expected every entry once, got {', '.join(map(repr, repeated))} more than once")
         return value
 
+    @property
+    def all_tasks(self) -> tuple[FineTuningTask, ...]:
+        """The tasks, those of `stress_tasks` behind the others; results count them so."""
+        return self.tasks + self.stress_tasks
+
     @model_validator(mode="after")
     def _check_names(self) -> CompareConfig:
-        names = [task.name for task in self.tasks]
+        names = [task.name for task in self.all_tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"expected tasks of different names, got {', '.join(names)}")
         return self

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.schedule import BASE_NAMES, Schedule, decision_intervals
+from llmrl_envs.interface.schedule import Schedule, decision_intervals
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
+from llmrl.compare.names import ALWAYS_RATE_INDEPENDENT, METHOD_NAMES, NUM_JOBS, POLICY_NAMES, SEARCH_TRIALS
 from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
 
 NUM_TIMED_STEPS = 3
+_TUNED = 0.0
+"""Stands for the factor that only the sweep will tell."""
 GENTLE_RATE = 1e-6
 """Rate of the tried steps: they are timed, not meant to learn."""
 
@@ -94,7 +97,7 @@ def tasks_of(config: Settings) -> tuple[FineTuningTask, ...]:
         return config.env.tasks.tasks if config.env.id == FINE_TUNING_ID and config.env.tasks else ()
     if isinstance(config, FinetuneConfig):
         return (config.task,)
-    return config.tasks if isinstance(config, CompareConfig) else ()
+    return config.all_tasks if isinstance(config, CompareConfig) else ()
 
 
 def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:
@@ -108,25 +111,37 @@ def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:
     if isinstance(config, TrainConfig):
         return _training_seconds(config, trials)
     if isinstance(config, CompareConfig):
-        per_task = len(config.seeds) * num_compared_runs(config)
-        return per_task * sum(trial.job_seconds for trial in trials) / config.workers
+        usual = [trial.job_seconds for trial in trials[: len(config.tasks)]]
+        stress = [trial.job_seconds for trial in trials[len(config.tasks) :]]
+        a_seed = num_compared_runs(config) * sum(usual) + num_compared_runs(config, stress=True) * sum(stress)
+        return len(config.seeds) * a_seed / config.workers
     return sum(trial.job_seconds for trial in trials)
 
 
-def num_compared_runs(config: CompareConfig) -> int:
+def num_compared_runs(config: CompareConfig, *, stress: bool = False) -> int:
     """Different runs of a comparison for one task and seed, as far as the configuration tells without its policies.
 
     A usual schedule runs once for every starting rate, and linear decay shares its runs with the sweep. A policy runs
     once, because the level that it starts at does not depend on the rate; one whose table or start does is counted
-    short.
+    short. The searches share their trials, of which the first is linear decay at the given rate.
+    The tuned rate is counted as one more start, although it may be one of the others; tasks of `stress_tasks` have
+    their own rate only.
     """
-    factors, from_level = set(config.learning_rate_factors), config.schedule is None or config.schedule.start != "given"
+    factors = {1.0} if stress else {*config.learning_rate_factors, *([_TUNED] if config.tuned else [])}
+    from_level = config.schedule is None or config.schedule.start != "given"
     names = config.methods if "policy" in config.methods else ("policy", *config.methods)
-    runs = {("linear", factor) for factor in config.oracle_factors}
+    runs = {("linear", 0, factor) for factor in config.oracle_factors}
     for name in names:
-        once = name not in BASE_NAMES and from_level
-        runs |= {(name, factor) for factor in ({1.0} if once else factors)}
-    return len(runs)
+        once = name in ALWAYS_RATE_INDEPENDENT or (from_level and _is_policy(name))
+        job = "search" if name in SEARCH_TRIALS else name
+        jobs = [("linear" if job == "search" and not index else job, index) for index in range(NUM_JOBS.get(name, 1))]
+        runs |= {(*job, factor) for job in jobs for factor in ({1.0} if once else factors)}
+    # Linear decay from the tuned rate is a run of the sweep.
+    return len(runs - {("linear", 0, _TUNED)})
+
+
+def _is_policy(name: str) -> bool:
+    return name in POLICY_NAMES or name not in METHOD_NAMES
 
 
 def _training_seconds(config: TrainConfig, trials: tuple[TaskTrial, ...]) -> float:

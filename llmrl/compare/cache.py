@@ -9,15 +9,17 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from llmrl_envs.builtin import builtin_model_path
 from llmrl_envs.jobs.task import FineTuningTask
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import llmrl
+from llmrl.hosts.curve import CurvePoint
 from llmrl.hosts.job import JobResult
 from llmrl.run_directory import atomic_write_json, to_json_value
 
@@ -36,6 +38,13 @@ class RunResult(BaseModel):
         seconds: Wall time of training.
         tokens_trained: Tokens in training batches, padding not counted; those of steps that a rollback undid are.
         tokens_evaluated: Tokens in evaluations that the method itself needed.
+        curve: Validation loss over the budget, from before training to the end; empty in files of earlier versions.
+            It is measured for the record and changes nothing in the run.
+        tokens_measured: Tokens in the evaluations of the curve.
+        peak_memory_bytes: Most memory in use during the run; None where it is not known.
+        num_trials: Jobs that were trained for this result; more than one for a search or a population, whose seconds
+            and tokens are those of all its jobs.
+        events: How often a step was skipped, a loss spiked, and a job rolled back or fell back.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -47,10 +56,15 @@ class RunResult(BaseModel):
     seconds: float
     tokens_trained: int
     tokens_evaluated: int
+    curve: tuple[CurvePoint, ...] = ()
+    tokens_measured: int = 0
+    peak_memory_bytes: int | None = None
+    num_trials: int = 1
+    events: dict[str, int] = Field(default_factory=dict)
 
     @classmethod
-    def from_job(cls, result: JobResult) -> RunResult:
-        """What of a job's result is kept."""
+    def from_job(cls, result: JobResult, num_trials: int = 1) -> RunResult:
+        """What of a job's result is kept; `num_trials` jobs were trained for it."""
         values = {
             "loss_initial": result.initial.loss,
             "loss_test": result.final.loss,
@@ -59,8 +73,13 @@ class RunResult(BaseModel):
             "seconds": result.seconds,
             "tokens_trained": result.tokens_trained,
             "tokens_evaluated": result.tokens_evaluated,
+            "curve": [asdict(point) for point in result.curve],
+            "tokens_measured": result.tokens_measured,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "num_trials": num_trials,
+            "events": result.events,
         }
-        return cls.model_validate(to_json_value(values))
+        return cls.model_validate_json(json.dumps(to_json_value(values)))
 
 
 class RunStore:
@@ -78,7 +97,7 @@ class RunStore:
         """The result of a run; None if it is not there or its file is damaged, so that it is made again."""
         try:
             values = json.loads((self.directory / f"{key}.json").read_text(encoding="utf-8"))
-            return RunResult.model_validate(values["result"])
+            return RunResult.model_validate_json(json.dumps(values["result"]))
         except (FileNotFoundError, ValueError, ValidationError, KeyError, TypeError):
             return None
 

@@ -18,14 +18,17 @@ from pydantic import ValidationError
 from llmrl.compare.cache import RunResult
 from llmrl.compare.methods import LINEAR
 from llmrl.compare.plan import Cell, Plan
+from llmrl.compare.regimes import regime_of
 from llmrl.compare.results import ComparisonShape, make_results
 from llmrl.config_loading import read_yaml_mapping
-from llmrl.run_directory import to_json_value
+from llmrl.run_directory import read_jsonl, to_json_value
 from llmrl.tracking.runs import RecordedRun
 
-CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+CONFIG_FILE, SUMMARY_FILE, SCHEDULE_FILE = "config.yaml", "summary.json", "schedule.jsonl"
 FINISHED = "finished"
 _RESULT_KEYS = frozenset(RunResult.model_fields)
+_REQUIRED_KEYS = frozenset(name for name, field in RunResult.model_fields.items() if field.is_required())
+"""The others tell more than a score needs; runs recorded without them are compared all the same."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,23 @@ def _read_run(folder: Path) -> RecordedRun:
     """A run without a summary did not end; the summary is written last."""
     summary = folder / SUMMARY_FILE
     finished = summary.is_file()
-    values = read_yaml_mapping(summary) if finished else {}  # JSON is YAML
+    values = {"curve": _read_curve(folder), **read_yaml_mapping(summary)} if finished else {}  # JSON is YAML
     return RecordedRun(str(folder), FINISHED if finished else "not finished", read_yaml_mapping(folder / CONFIG_FILE),
                        values)  # fmt: skip
+
+
+def _read_curve(folder: Path) -> list[dict[str, Any]]:
+    """The learning curve that the decisions tell; none where they were not kept."""
+    path = folder / SCHEDULE_FILE
+    return [
+        {
+            "step": row.get("step_after", row["step"]),
+            "loss_validation": row.get("validation_loss"),
+            "loss_train": row.get("train_loss"),
+            "learning_rate": row.get("learning_rate"),
+        }
+        for row in (read_jsonl(path) if path.is_file() else [])
+    ]
 
 
 def compare_existing(runs: Sequence[RecordedRun]) -> dict[str, Any]:
@@ -132,7 +149,7 @@ def _finished_job(run: RecordedRun) -> FinishedJob:
     summary = run.summary
     try:
         task = FineTuningTask.model_validate(run.config["task"])
-        values = {name: summary[name] for name in _RESULT_KEYS}
+        values = {name: summary[name] for name in _RESULT_KEYS if name in summary or name in _REQUIRED_KEYS}
         result = RunResult.model_validate(to_json_value(values), strict=False)
         method, seed, rate = str(summary["method"]), int(summary["seed"]), float(summary["learning_rate"])
     except KeyError as error:
@@ -185,7 +202,8 @@ def _plan(
     plan, found = Plan(), {}
     for index, job in enumerate(jobs):
         key, method = str(index), names[job.method, job.policy]
-        cell = Cell(tasks.index(job.task.name), method, job.factor, job.learning_rate, job.seed, key, reused=False)
+        start = (regime_of(job.factor), job.factor, job.learning_rate, job.seed)
+        cell = Cell(tasks.index(job.task.name), method, *start, key, reused=False)
         plan.rows.append(cell)
         found[key] = job.result
     plan.sweep += _complete_rates([cell for cell in plan.rows if cell.method == LINEAR])

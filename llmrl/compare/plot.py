@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrl.compare.results import DEFAULT_RATE, WRONG_RATE
+from llmrl.compare.regimes import DEFAULT_RATE, STRESS, TITLES, TUNED_RATE, WRONG_RATE
+from llmrl.compare.report import shown_regimes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 MAX_TASK_PANELS = 6
 _COLUMNS = 3
 _HEADROOM = 0.15
-_REGIME_STYLE = {DEFAULT_RATE: ("o", "black"), WRONG_RATE: ("s", "tab:gray")}
+_REGIME_STYLE = {
+    DEFAULT_RATE: ("o", "black"),
+    WRONG_RATE: ("s", "#0072b2"),
+    TUNED_RATE: ("D", "#e69f00"),
+    STRESS: ("^", "#009e73"),
+}
 _MARKERS = "osD^vPX*<>"
 
 
@@ -45,20 +51,19 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
 def _draw_scores(axes: Axes, results: Mapping[str, Any]) -> None:
     """IQM and interval of every method in every regime, the first method on top."""
     methods = list(results["aggregate"])
-    shown = [
-        name for name in (DEFAULT_RATE, WRONG_RATE) if any(name in entry for entry in results["aggregate"].values())
-    ]
+    shown = shown_regimes(results)
+    spacing = min(0.24, 0.8 / len(shown))
     for offset, regime in enumerate(shown):
         marker, color = _REGIME_STYLE[regime]
-        axes.plot([], [], marker, color=color, label=f"{regime} rate")
+        axes.plot([], [], marker, color=color, label=TITLES[regime])
         for place, method in enumerate(methods):
             entry = results["aggregate"][method].get(regime)
             if entry is None or entry["iqm"] is None:
                 continue
-            y = place + 0.24 * (offset - (len(shown) - 1) / 2)
+            y = place + spacing * (offset - (len(shown) - 1) / 2)
             if entry["ci_low"] is not None:
                 axes.plot([entry["ci_low"], entry["ci_high"]], [y, y], color=color, linewidth=2, alpha=0.6)
-            axes.plot(entry["iqm"], y, marker, color=color)
+            axes.plot(entry["iqm"], y, marker, color=color, markersize=5)
     for value, style in ((0.0, ":"), (1.0, "--")):
         axes.plot([value, value], [-0.5, len(methods) - 0.5], style, color="black", linewidth=0.8)
     axes.set_yticks(range(len(methods)), [_short(name) for name in methods])
@@ -83,7 +88,7 @@ def _draw_score_curves(axes: Axes, results: Mapping[str, Any]) -> None:
 
 def _draw_losses(axes: Axes, results: Mapping[str, Any], task: str) -> None:
     """Mean test loss of every method over the starting rate; what is worse than the start lies on the upper edge."""
-    rows = [row for row in results["rows"] if row["task"] == task]
+    rows = [row for row in results["rows"] if row["task"] == task and row["regime"] != TUNED_RATE]
     initial = _mean([row["loss_initial"] for row in rows])
     oracle = results["oracle"][task]["loss_test"]
     best = min(value for value in (initial, oracle, *_losses(rows)) if value is not None and math.isfinite(value))

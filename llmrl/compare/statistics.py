@@ -1,4 +1,4 @@
-"""Robust statistics over few runs: interquartile mean and stratified bootstrap.
+"""Robust statistics over few runs: interquartile mean, and bootstraps over seeds and over tasks.
 
 Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical Precipice,
 https://arxiv.org/abs/2108.13264
@@ -7,11 +7,16 @@ Scores come in strata, one a task: float64[U, F], with U units that were drawn i
 belong to one unit (starting rates); NaN where a unit lacks one. The bootstrap draws units, never single values: rates
 share weights and data order of their seed, and may even share the run, so that treating them as independent would make
 intervals too narrow.
+
+The stratified bootstrap keeps the tasks and draws units within each: it answers how sure the figure is for *these*
+tasks. The hierarchical one draws tasks first and units within every task drawn: it answers for tasks like these, and
+its intervals are wider.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -77,6 +82,70 @@ def stratified_bootstrap(
     return np.concatenate(found)
 
 
+def hierarchical_bootstrap(
+    strata: Sequence[Floats],  # each [U, F]
+    statistic: Statistic,
+    rng: np.random.Generator,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Floats:  # [R]
+    """The statistic of data resampled twice: as many strata as there are, and in each drawn one as many of its units.
+
+    Args:
+        strata: Values of each stratum.
+        statistic: Maps float64[R, N], all values of a resample in a row, to float64[R]; NaN does not count.
+        rng: Draws the strata, then a uniform number for every unit.
+        num_resamples: R.
+    """
+    padded, num_units = _pad(strata)  # [T, U, F], [T]
+    num_strata, most_units = padded.shape[:2]
+    drawn = rng.integers(num_strata, size=(num_resamples, num_strata))  # [R, T]
+    uniform = rng.random((num_resamples, num_strata, most_units))  # [R, T, U]
+    units = (uniform * num_units[drawn][..., None]).astype(np.int64)
+    absent = np.arange(most_units) >= num_units[drawn][..., None]
+    batch = max(1, _BATCH_VALUES // max(padded.size, 1))
+    found = []
+    for start in range(0, num_resamples, batch):
+        rows = slice(start, start + batch)
+        values = padded[drawn[rows][..., None], units[rows]]  # [R, T, U, F]
+        values[absent[rows]] = np.nan
+        found.append(statistic(values.reshape(len(values), -1)))
+    return np.concatenate(found)
+
+
+def _pad(strata: Sequence[Floats]) -> tuple[Floats, NDArray[np.int64]]:
+    """All strata in one array, NaN where one has fewer units or values, and the number of units of each."""
+    num_units = np.array([len(values) for values in strata])
+    padded = np.full((len(strata), num_units.max(), max(values.shape[1] for values in strata)), np.nan)
+    for place, values in zip(padded, strata, strict=True):
+        place[: len(values), : values.shape[1]] = values
+    return padded, num_units
+
+
+def bootstrap_means(
+    strata: Sequence[Floats],  # each [U, F, K]
+    rng: np.random.Generator,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Floats:  # [R, K]
+    """Means of K quantities over the same resamples as `stratified_bootstrap` draws, by one matrix product a stratum.
+
+    Args:
+        strata: Values of each stratum; NaN does not count.
+        rng: Draws the units, one stratum after the other.
+        num_resamples: R.
+    """
+    num_quantities = strata[0].shape[2]
+    totals, counts = np.zeros((num_resamples, num_quantities)), np.zeros((num_resamples, num_quantities))
+    for values in strata:
+        times = np.zeros((num_resamples, len(values)))
+        for drawn in rng.integers(len(values), size=(num_resamples, len(values))).T:
+            times[np.arange(num_resamples), drawn] += 1.0
+        there = ~np.isnan(values)
+        totals += times @ np.where(there, values, 0.0).sum(axis=1)
+        counts += times @ there.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return totals / counts
+
+
 def bootstrap_interval(
     strata: Sequence[Floats],
     statistic: Statistic,
@@ -88,9 +157,64 @@ def bootstrap_interval(
     if not any(len(values) > 1 for values in strata):
         return None
     found = stratified_bootstrap(strata, statistic, np.random.default_rng(seed), num_resamples)
+    return percentile_interval(found)
+
+
+def hierarchical_interval(
+    strata: Sequence[Floats],
+    statistic: Statistic,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> tuple[float, float] | None:
+    """Percentile interval of 95 % over tasks and seeds; None with one task, which says nothing of others."""
+    if len(strata) < 2:
+        return None
+    found = hierarchical_bootstrap(strata, statistic, np.random.default_rng(seed), num_resamples)
+    return percentile_interval(found)
+
+
+def percentile_interval(found: Floats) -> tuple[float, float]:  # [R]
+    """The middle 95 % of resampled statistics."""
     tail = (1.0 - CONFIDENCE) / 2.0
     low, high = np.quantile(found, [tail, 1.0 - tail]).tolist()
     return low, high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its intervals; None where there is none.
+
+    Attributes:
+        value: Of all values together.
+        interval: Over seeds, of these tasks.
+        task_interval: Over tasks and seeds.
+    """
+
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    task_interval: tuple[float, float] | None = None
+
+    def named(self, value: str, prefix: str = "") -> dict[str, float | None]:
+        """As entries of `results.json`: `value`, `PREFIXci_low`, `PREFIXci_high`, `PREFIXtask_ci_low`, ..."""
+        low, high = self.interval or (None, None)
+        task_low, task_high = self.task_interval or (None, None)
+        return {
+            value: self.value,
+            f"{prefix}ci_low": low,
+            f"{prefix}ci_high": high,
+            f"{prefix}task_ci_low": task_low,
+            f"{prefix}task_ci_high": task_high,
+        }
+
+
+def estimate(strata: Sequence[Floats], statistic: Statistic) -> Estimate:
+    """The statistic of all values together, and both intervals; strata that hold nothing but NaN are left out."""
+    strata = [values for values in strata if not np.isnan(values).all()]
+    if not strata:
+        return Estimate()
+    value = float(statistic(np.concatenate([values.ravel() for values in strata])))
+    return Estimate(value, bootstrap_interval(strata, statistic), hierarchical_interval(strata, statistic))
 
 
 def wins(loss: Floats, reference: Floats) -> Floats:

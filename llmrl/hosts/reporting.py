@@ -82,6 +82,10 @@ class _IntegrationsTracker:
         """Records a picture file."""
         self._wandb().log_image(name, path)
 
+    def log_html(self, name: str, path: Path) -> None:
+        """Records a page that stands for itself."""
+        self._wandb().log_html(name, path)
+
     def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
         """Records a file or a directory."""
         self._wandb().log_artifact(name, artifact_type, path)

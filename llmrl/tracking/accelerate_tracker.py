@@ -58,6 +58,10 @@ class AccelerateTracker:
         else:
             self.tracker.log_images({name: [pixels]}, step=self._step)
 
+    def log_html(self, name: str, path: Path) -> None:
+        """Records where a page lies."""
+        self.tracker.log({name: str(path)}, step=self._step)
+
     def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
         """Records where a file or a directory lies."""
         self.tracker.log({f"{artifact_type}/{name}": str(path)}, step=self._step)

@@ -22,6 +22,9 @@ class Tracker(Protocol):
     def log_image(self, name: str, path: Path) -> None:
         """Records a picture file."""
 
+    def log_html(self, name: str, path: Path) -> None:
+        """Records a page that stands for itself."""
+
     def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
         """Records a file or a directory, as it is now."""
 
@@ -45,6 +48,9 @@ class NullTracker:
         """Does nothing."""
 
     def log_image(self, name: str, path: Path) -> None:
+        """Does nothing."""
+
+    def log_html(self, name: str, path: Path) -> None:
         """Does nothing."""
 
     def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
@@ -95,6 +101,11 @@ class TrackerGroup:
         """Records a picture file."""
         for tracker in self.trackers:
             tracker.log_image(name, path)
+
+    def log_html(self, name: str, path: Path) -> None:
+        """Records a page that stands for itself."""
+        for tracker in self.trackers:
+            tracker.log_html(name, path)
 
     def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
         """Records a file or a directory."""

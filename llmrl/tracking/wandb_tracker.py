@@ -81,6 +81,12 @@ class WandbTracker:
 
         self.run.log({name: wandb.Image(str(path))}, commit=False)
 
+    def log_html(self, name: str, path: Path) -> None:
+        """Records a page that stands for itself, with the numbers of the present step."""
+        import wandb
+
+        self.run.log({name: wandb.Html(str(path), inject=False)}, commit=False)
+
     def log_artifact(self, name: str, artifact_type: str, path: Path) -> None:
         """Records a file or a directory, as it is now."""
         self.run.log_artifact(_artifact(name, artifact_type, path))

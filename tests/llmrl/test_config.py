@@ -263,3 +263,26 @@ def test_environment_variables_stand_for_folders(tmp_path: Path, monkeypatch: py
         load_config("finetune", path)
     assert str(caught.value).count("PLACE is not set") == 1
     assert caught.value.where == f"{path}, line 1, task.model"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stress_tasks=[{name: job, data: a}]", "tasks of different names, got job, job"),
+        ("stress_tasks=[job]", "stress_tasks.0"),
+        ("stress_tasks=job", "stress_tasks"),
+        ("stress_task=[]", "did you mean 'stress_tasks'?"),
+        ("oracle_factors=[]", "wrong value of 'oracle_factors'"),
+        ("learning_rate_factors=[]", "wrong value of 'learning_rate_factors'"),
+        ("methods=[]", "wrong value of 'methods'"),
+        ("seeds=[]", "wrong value of 'seeds'"),
+        ("tasks=[]", "wrong value of 'tasks'"),
+        ("tuned=perhaps", "wrong value of 'tuned'"),
+    ],
+)
+def test_a_comparison_tells_what_is_wrong_with_its_regimes(tmp_path: Path, override: str, told: str) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text("tasks: [{name: job, data: a}]\n")
+    with pytest.raises(UserError) as caught:
+        load_config("compare", path, [override])
+    assert told in str(caught.value)

@@ -123,11 +123,15 @@ def trial_of(seconds: float, decisions: int) -> TaskTrial:
 def test_estimates_count_every_run(tmp_path: Path) -> None:
     compare = tmp_path / "compare.yaml"
     compare.write_text("tasks: [{data: a}]\nmethods: [policy, linear, cosine]\nlearning_rate_factors: [1, 3, 9]\n")
-    config = load_config("compare", compare, ["seeds=2", "oracle_factors=[1, 2, 4, 8]", "workers=2"])
+    config = load_config("compare", compare, ["seeds=2", "oracle_factors=[1, 2, 4, 8]", "workers=2", "tuned=false"])
     # The policy once, cosine from 3 rates, linear decay from 1, 2, 3, 4, 8, 9; 2 seeds, 3 s each, on 2 processes.
     assert estimate_seconds(config, (trial_of(3.0, 10),)) == pytest.approx((1 + 3 + 6) * 2 * 3.0 / 2)
-    given = load_config("compare", compare, ["seeds=2", "oracle_factors=[1, 2]", "schedule.start=given"])
+    given = load_config("compare", compare, ["seeds=2", "oracle_factors=[1, 2]", "schedule.start=given", "tuned=false"])
     assert estimate_seconds(given, (trial_of(3.0, 10),)) == pytest.approx((3 + 3 + 4) * 2 * 3.0)
+    # The tuned rate is one more start for cosine; a task of the regime of stress has a start for each and its sweep.
+    more = load_config("compare", compare, ["seeds=1", "oracle_factors=[1, 2]", "stress_tasks=[{name: s, data: a}]"])
+    trials = (trial_of(3.0, 10), trial_of(5.0, 10))
+    assert estimate_seconds(more, trials) == pytest.approx((1 + 4 + 4) * 3.0 + (1 + 1 + 2) * 5.0)
 
     train = tmp_path / "train.yaml"
     train.write_text("env: {tasks: {tasks: [{data: a}], num_seeds: 2}}\n")

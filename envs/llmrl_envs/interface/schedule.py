@@ -22,9 +22,13 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TuningMode
 
-BaseName = Literal["constant", "linear", "cosine", "wsd"]
-BASE_NAMES: tuple[BaseName, ...] = ("constant", "linear", "cosine", "wsd")
+BaseName = Literal["constant", "linear", "cosine", "wsd", "cosine_10", "inverse_sqrt", "polynomial"]
+BASE_NAMES: tuple[BaseName, ...] = ("constant", "linear", "cosine", "wsd", "cosine_10", "inverse_sqrt", "polynomial")
 WSD_DECAY_FRACTION = 0.2
+COSINE_FLOOR = 0.1
+POLYNOMIAL_POWER = 2.0
+SQRT_TIMESCALE_FRACTION = 0.05
+"""Share of the budget that takes the place of a missing warm-up as the time scale of `inverse_sqrt`."""
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
 LORA_LEVEL_SCALE = 2.8
@@ -92,8 +96,10 @@ class ScheduleSettings:
 def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_steps: Integers) -> Floats:
     """The base schedule's factor for the optimizer step with index `step` (from 0), float64[E].
 
-    Rises linearly over the warm-up to 1, then is constant, falls linearly or by a half cosine to zero at
-    `total_steps`, or ("wsd": warm-up, stable, decay) falls linearly over the last fifth.
+    Rises linearly over the warm-up to 1, then is constant or falls: to zero at `total_steps` linearly, by a half
+    cosine, as the square of what is left ("polynomial"), or linearly over the last fifth ("wsd": warm-up, stable,
+    decay); by a half cosine to a tenth ("cosine_10"); or as the inverse square root of the step over the warm-up
+    ("inverse_sqrt").
 
     >>> base_factor("linear", np.array([0, 5, 10]), np.array(10), np.array(0))
     array([1. , 0.5, 0. ])
@@ -107,6 +113,14 @@ def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_st
         decay = 1.0 - progress
     elif name == "cosine":
         decay = 0.5 * (1.0 + np.cos(np.pi * progress))
+    elif name == "cosine_10":
+        decay = COSINE_FLOOR + (1.0 - COSINE_FLOOR) * 0.5 * (1.0 + np.cos(np.pi * progress))
+    elif name == "polynomial":
+        decay = (1.0 - progress) ** POLYNOMIAL_POWER
+    elif name == "inverse_sqrt":
+        missing = np.maximum(np.rint(SQRT_TIMESCALE_FRACTION * np.asarray(total_steps)), 1.0)
+        timescale = np.where(np.asarray(warmup_steps) > 0, warmup_steps, missing)
+        decay = np.sqrt(timescale / (timescale + np.maximum(step_float - warmup_steps, 0.0)))
     else:
         decay = np.minimum(1.0, (1.0 - progress) / WSD_DECAY_FRACTION)
     rise = np.minimum(1.0, (step_float + 1.0) / np.maximum(warmup_steps + 1, 1))

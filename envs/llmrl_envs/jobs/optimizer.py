@@ -22,15 +22,20 @@ def build_optimizer(parameters: Mapping[str, Parameter], settings: OptimizerSett
 
     The learning rate is zero until the session sets it.
     """
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
-        if members
-    ]
+    groups = parameter_groups(parameters, settings.weight_decay)
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters.values())
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
+
+
+def parameter_groups(parameters: Mapping[str, Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups with weight decay on matrices alone."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    return [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((matrices, weight_decay), (vectors, 0.0))
+        if members
+    ]
 
 
 def low_rank_pairs(model: nn.Module) -> tuple[LowRankPair, ...]:

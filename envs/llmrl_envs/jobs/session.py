@@ -19,9 +19,9 @@ from torch.nn import Parameter
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.recorder import StatisticsRecorder
-from llmrl_envs.interface.schedule import Schedule
 from llmrl_envs.interface.statistics import TrainingStatistics, empty_statistics
 from llmrl_envs.jobs.batches import TokenizedSplit, batch_indices, is_bad_batch
+from llmrl_envs.jobs.extensions import GradientClipper, ModalOptimizer, OptimizerFactory, StepRates, clip_to_limit
 from llmrl_envs.jobs.layers import lower_half
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.losses import LossSum, batch_loss
@@ -62,6 +62,8 @@ class FineTuningSession:
         level_norm: For LoRA, which norms a level refers to: "effective" (the change of the adapted weights) or
             "adapters" (the adapters' own).
         record: Measure statistics; without, `run_interval` trains and returns statistics that know nothing.
+        optimizer: Makes another optimizer than AdamW. Its update is not measured, and there are no snapshots.
+        clip: Clips gradients in another way than to the task's limit.
 
     Raises:
         UserError: A batch has fewer examples than there are processes, or there is no such `level_norm`.
@@ -76,6 +78,8 @@ class FineTuningSession:
         average_steps: float = 0.0,
         level_norm: str = "effective",
         record: bool = True,
+        optimizer: OptimizerFactory | None = None,
+        clip: GradientClipper = clip_to_limit,
     ) -> None:
         self.job = job
         self.task = job.task
@@ -92,7 +96,11 @@ class FineTuningSession:
         self._parameters: dict[str, Parameter] = job.loaded.trainable
         job.restore_initial_weights()
         self._model = self.parallel.prepare(job.loaded.model)
-        self.optimizer = build_optimizer(self._parameters, job.task.optimizer)
+        self.optimizer = (optimizer or build_optimizer)(self._parameters, job.task.optimizer)
+        self._clip = clip
+        self._can_snapshot = optimizer is None
+        if isinstance(self.optimizer, ModalOptimizer):
+            self.optimizer.train()
         self._lower_half = lower_half(tuple(self._parameters))
         self._recorder = StatisticsRecorder(
             self.optimizer,
@@ -101,6 +109,7 @@ class FineTuningSession:
             trainable_fraction=job.loaded.trainable_fraction,
             capacity_steps=job.task.steps,
             pairs=low_rank_pairs(job.loaded.model) if level_norm == "effective" else (),
+            source="moments" if optimizer is None else "difference",
         )
         self._average_weight = 0.0 if average_steps <= 0 else 1.0 - float(np.exp(-1.0 / average_steps))
         self._average = [p.detach().clone() for p in self._parameters.values()] if average_steps > 0 else []
@@ -130,7 +139,7 @@ class FineTuningSession:
         """||u|| and ||theta|| as far as they are known before the first step."""
         return self._recorder.initial_norms(tuple(self._parameters.values()))
 
-    def run_interval(self, num_steps: int, schedule: Schedule) -> TrainingStatistics:
+    def run_interval(self, num_steps: int, schedule: StepRates) -> TrainingStatistics:
         """Trains `num_steps` optimizer steps at the schedule's rates and returns what they measured.
 
         Args:
@@ -169,7 +178,7 @@ class FineTuningSession:
                 self._parameters[name].grad = None
         self.precision.unscale(self.optimizer)
         active = [p for p in self._parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(active, limit, foreach=True)
+        norm = self._clip(active, limit)
         self._recorder.before_update(active, probe=probe)
         if self._record:
             self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=limit)
@@ -223,7 +232,7 @@ class FineTuningSession:
         """
         if averaged and not self._average:
             raise ValueError("averaged: expected a session made with average_steps > 0")
-        with self._averaged_weights() if averaged else _nothing():
+        with self._averaged_weights() if averaged else self._deployed_weights():
             return self._evaluate(self.job.subset(split), getattr(self.job.data, split))
 
     @torch.no_grad()
@@ -251,6 +260,21 @@ class FineTuningSession:
         return Evaluation(loss / max(num_targets, 1), accuracy, num_targets, num_tokens)
 
     @contextmanager
+    def _deployed_weights(self) -> Iterator[None]:
+        """The weights that the optimizer deploys; those of training come back to the bit."""
+        if not isinstance(self.optimizer, ModalOptimizer):
+            yield
+            return
+        parameters = [p.data for p in self._parameters.values()]
+        training = [p.clone() for p in parameters]
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            torch._foreach_copy_(parameters, training)
+
+    @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         parameters = [p.data for p in self._parameters.values()]
         deployed = [p.clone() for p in parameters]
@@ -267,6 +291,8 @@ class FineTuningSession:
         return replace(self._present_state(), best=self._best)
 
     def _present_state(self) -> SessionSnapshot:
+        if not self._can_snapshot:
+            raise ValueError("snapshot: expected a session with its own AdamW, got another optimizer's")
         return take_snapshot(self._parameters, self.optimizer, self._average, self._position(), self._random_state)
 
     def restore(self, snapshot: SessionSnapshot, *, rewind: bool = True) -> None:
@@ -320,11 +346,6 @@ def _nan_unless_finite(loss: Tensor) -> Tensor:
     So the gradient norm alone tells every process, and the loss scaler, to skip the same steps.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from llmrl.compare.cache import Fingerprints, RunResult, RunStore, run_key
+from llmrl.compare.cache import CurvePoint, Fingerprints, RunResult, RunStore, run_key
+from llmrl.run_directory import atomic_write_json
 
 RESULT = RunResult(
     loss_initial=3.0, loss_test=None, accuracy_test=None, diverged=True, seconds=1.5, tokens_trained=7,
@@ -58,3 +59,19 @@ def test_edited_data_is_other_data(make_config, tmp_path: Path) -> None:
     assert key_of(task) == before
     path.write_text('{"text": "b"}\n')
     assert key_of(task) != before
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    new = {"curve", "tokens_measured", "peak_memory_bytes", "num_trials", "events"}
+    store = RunStore(tmp_path)
+    atomic_write_json(tmp_path / "abc.json", {"task": "t", "result": RESULT.model_dump(exclude=new)})
+    found = store.read("abc")
+    assert found == RESULT
+    assert (found.curve, found.num_trials, found.events) == ((), 1, {})
+
+
+def test_curves_come_back(tmp_path: Path) -> None:
+    curve = (CurvePoint(0, 3.0), CurvePoint(4, None, 2.5, 1e-3))
+    result = RESULT.model_copy(update={"curve": curve, "events": {"spikes": 2}, "peak_memory_bytes": 5})
+    RunStore(tmp_path).write("abc", {}, result)
+    assert RunStore(tmp_path).read("abc") == result

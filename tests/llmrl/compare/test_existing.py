@@ -49,6 +49,16 @@ def test_scores_are_against_the_best_linear_decay_among_the_runs() -> None:
     assert results["aggregate"]["hold"]["wrong"]["probability_of_improvement"] is None, "no linear run from there"
 
 
+def test_runs_recorded_before_there_were_curves_are_compared_all_the_same() -> None:
+    results = compare_existing([*LINEAR, recorded("hold", 1.5)])
+    (row,) = (row for row in results["rows"] if row["method"] == "hold")
+    assert (row["steps_to_target"], row["target_reached"], row["peak_memory_bytes"]) == (None, None, None)
+    assert (row["num_trials"], row["events"], row["cost"]) == (1, {}, 1.0)
+    assert results["curves"] == []
+    assert results["paired"]["reference"] == "hold"
+    assert results["paired"]["regimes"]["default"]["linear"]["mean"]["value"] == pytest.approx(0.5)
+
+
 def test_a_rate_that_lacks_a_seed_is_no_yardstick() -> None:
     results = compare_existing([*LINEAR, recorded("linear", 0.5, rate=1e-2)])
     assert results["oracle"]["job"]["learning_rate"] == 1e-3
@@ -96,7 +106,7 @@ def made(make_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     """A directory of runs of `llmrl finetune`, and what a comparison that makes the same runs says."""
     folder = tmp_path_factory.mktemp("existing")
     config = make_config(methods=["policy", "linear"], learning_rate_factors=[0.3, 1, 3], seeds=[0])
-    config = config.model_copy(update={"tasks": config.tasks[:1]})
+    config = config.model_copy(update={"tasks": config.tasks[:1], "tuned": False})
     made = compare(config=config, output=folder / "made", policy="hold")
     (task,) = config.tasks
     for factor in config.learning_rate_factors:
@@ -115,7 +125,8 @@ def test_it_is_the_comparison_that_makes_the_runs(
     assert main(words) == 0
     assert "linear" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"results.json", "results.csv", "comparison.png"}
+    pictures = {"comparison.png", "profiles.png", "curves.png"}
+    assert names == {"results.json", "results.csv", "report.html", *pictures}
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     found = {(row["method"], row["learning_rate_factor"]): row for row in results["rows"]}
     assert len(found) == len(expected["rows"])
@@ -126,6 +137,10 @@ def test_it_is_the_comparison_that_makes_the_runs(
             wanted = pytest.approx(row[key], rel=1e-6) if isinstance(row[key], float) else row[key]
             assert same[key] == wanted, key
     assert results["oracle"] == expected["oracle"]
+    # The decisions of `llmrl finetune` tell curves as well, at other steps.
+    (curve, *_) = results["curves"]
+    assert curve["step"][-1] == 8
+    assert curve["loss_validation"][-1] == pytest.approx(expected["curves"][0]["loss_validation"][-1], rel=1e-4)
     assert results["aggregate"]["hold"]["all"]["iqm"] == pytest.approx(expected["aggregate"]["policy"]["all"]["iqm"])
 
 

@@ -5,6 +5,7 @@ from llmrl_envs.errors import UserError
 
 from llmrl.cli import main
 from llmrl.compare.methods import resolve_methods, sweep_method
+from llmrl.compare.names import METHOD_NAMES
 
 
 def test_methods_stand_in_the_order_of_the_configuration(make_config, make_policy, tmp_path: Path) -> None:
@@ -71,3 +72,14 @@ def test_the_sweep_is_the_method_linear(make_config) -> None:
     assert sweep.digest == resolve_methods(config, "hold")["linear"].digest
     assert sweep.settings.warmup_fraction == 0.2
     assert sweep.digest != sweep_method(make_config()).digest
+
+
+def test_the_page_tells_of_every_method() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "compare.md").read_text(encoding="utf-8")
+    assert [name for name in METHOD_NAMES if f"`{name}`" not in page] == []
+
+
+def test_constant_has_no_warm_up_and_constant_warmup_has(make_config) -> None:
+    methods = resolve_methods(make_config(methods=["constant", "constant_warmup"]), "hold")
+    shapes = [(method.settings.base, method.settings.warmup_fraction) for method in methods.values()][1:]
+    assert shapes == [("constant", 0.0), ("constant", 0.05)]

@@ -192,6 +192,9 @@ def test_every_outcome_can_be_drawn_and_told(make_config, tmp_path: Path, num_co
 def test_the_table_tells_scores_with_their_intervals(results: dict[str, Any]) -> None:
     headings, lines = table_cells(results)
     assert headings[:3] == ["method", "default rate", "wrong rate"]
-    cells = {line[0]: line[1:] for line in lines}
-    assert cells["policy"] == ["1.150\n[1.100, 1.200]", "1.150\n[1.100, 1.200]", "100 %", "0/12", "100"]
-    assert cells["sweep"][-1] == "300"
+    cells = {line[0]: dict(zip(headings[1:], line[1:], strict=True)) for line in lines}
+    assert list(cells["policy"].values())[:2] == ["1.150\n[1.100, 1.200]", "1.150\n[1.100, 1.200]"]
+    assert list(cells["policy"].values())[2:5] == ["100 %", "0/12", "100"]
+    # Every run trains 100 tokens, and evaluates 10, of which three cost as much as a trained one.
+    assert (cells["policy"]["linear runs"], cells["policy"]["score a run"]) == ("1.00", "1.15")
+    assert (cells["sweep"]["tokens a job"], cells["sweep"]["linear runs"]) == ("300", "3.00")

@@ -16,7 +16,8 @@ from llmrl.hosts.job import run_job
 
 ROW_KEYS = {
     "task", "method", "regime", "seed", "learning_rate", "loss_initial", "loss_test", "score", "diverged", "seconds",
-    "tokens_trained", "tokens_evaluated", "accuracy_test", "reused",
+    "tokens_trained", "tokens_evaluated", "accuracy_test", "steps_to_target", "failures", "peak_memory_bytes",
+    "num_trials", "events", "reused",
 }  # fmt: skip
 
 
@@ -28,10 +29,14 @@ def read_results(output: Path) -> dict[str, Any]:
     return json.loads((output / "results.json").read_text(), parse_constant=refuse_constant)
 
 
-def without_seconds(value: Any) -> Any:
+MEASURED = ("seconds", "seconds_per_job", "peak_memory_bytes")
+
+
+def without_measurements(value: Any) -> Any:
+    """Without what no two runs have in common."""
     if isinstance(value, dict):
-        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
-    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+        return {key: without_measurements(item) for key, item in value.items() if key not in MEASURED}
+    return [without_measurements(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +62,12 @@ def num_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_it_leaves_what_it_promises(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"config.yaml", "results.json", "results.csv", "comparison.png", "runs"}
-    assert (finished / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert names >= {"config.yaml", "results.json", "results.csv", "report.html", "runs"}
+    for name in ("comparison.png", "profiles.png", "curves.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
     results = read_results(finished)
     assert set(results) >= {"rows", "aggregate", "oracle", "compute"}
-    assert len(results["rows"]) == 36
+    assert len(results["rows"]) == 36 + 12
     assert all(set(row) >= ROW_KEYS for row in results["rows"])
     with open(finished / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -126,7 +132,52 @@ def test_interrupted_and_resumed_equals_undisturbed(
     monkeypatch.setattr(execution, "run_job", lambda *args, **kwargs: (calls.append(2), run_job(*args, **kwargs))[1])
     compare(config=make_config(), output=output, policy="hold")
     assert len(calls) == len(list((output / "runs").iterdir())) - 7
-    assert without_seconds(read_results(output)) == without_seconds(read_results(finished))
+    assert without_measurements(read_results(output)) == without_measurements(read_results(finished))
+
+
+@pytest.fixture(scope="module")
+def two_stages(make_config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+    """A small comparison with a tuned start that no other row has, and a task of the regime of stress."""
+    hard = make_config().tasks[0].model_copy(update={"name": "hard", "steps": 4})
+    changes = {"methods": ["policy", "constant"], "learning_rate_factors": [1], "seeds": [0], "oracle_factors": [3]}
+    config = make_config(**changes, stress_tasks=[hard.model_dump()])
+    config = config.model_copy(update={"tasks": config.tasks[:1]})
+    return config, compare(config=config, output=tmp_path_factory.mktemp("stages") / "run", policy="hold")
+
+
+def test_the_tuned_rate_is_that_of_the_sweep_and_stress_stands_apart(two_stages: tuple[Any, dict[str, Any]]) -> None:
+    _, results = two_stages
+    found = {(row["method"], row["regime"]): row for row in results["rows"]}
+    assert set(found) == {(m, r) for m in ("policy", "constant") for r in ("default", "tuned", "stress")}
+    tuned = found["constant", "tuned"]
+    assert (tuned["learning_rate"], tuned["reused"]) == (pytest.approx(3e-2), False)
+    assert tuned["learning_rate"] == results["oracle"]["squares"]["learning_rate"]
+    assert found["policy", "tuned"]["reused"] is True
+    assert {row["task"] for row in results["rows"] if row["regime"] == "stress"} == {"hard"}
+    assert set(results["aggregate"]["policy"]) == {"default", "tuned", "stress", "all"}
+    # The sweep of one rate costs as much as the start itself; hold does not need to know the rate.
+    assert (tuned["cost"], found["policy", "tuned"]["cost"]) == (pytest.approx(2.0), pytest.approx(1.0, abs=0.1))
+
+
+def test_a_kill_between_the_stages_is_made_good(
+    two_stages: tuple[Any, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, undisturbed = two_stages
+    stages = []
+
+    def interrupted(setting: Any, runs: Any, on_result: Any) -> None:
+        stages.append(len(runs))
+        if len(stages) == 2:
+            raise KeyboardInterrupt
+        execution.execute(setting, runs, on_result)
+
+    monkeypatch.setattr("llmrl.compare.runner.execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config=config, output=tmp_path / "run", policy="hold")
+    resumed = compare(config=config, output=tmp_path / "run", policy="hold")
+    # First stage: two methods on two tasks and their sweeps. Second stage: constant from the tuned rate.
+    assert stages == [6, 1, 0, 1]
+    assert without_measurements(resumed) == without_measurements(undisturbed)
 
 
 def test_worker_processes_find_the_same(finished: Path, make_config, tmp_path: Path) -> None:
@@ -143,7 +194,8 @@ def test_worker_processes_find_the_same(finished: Path, make_config, tmp_path: P
 def test_a_policy_that_looks_at_the_given_rate_runs_from_each(
     make_config, make_policy, tmp_path: Path, num_trained: list[int]
 ) -> None:
-    changes = {"methods": ["policy"], "seeds": [0], "oracle_factors": [1], "learning_rate_factors": [1, 10]}
+    changes = {"methods": ["policy"], "seeds": [0], "oracle_factors": [1], "learning_rate_factors": [1, 10],
+               "tuned": False}  # fmt: skip
     for start, expected in (("default", 2 * (1 + 1)), ("given", 2 * (2 + 1))):
         folder = make_policy(tmp_path / start, start=start)
         results = compare(config=make_config(**changes), output=tmp_path / f"run-{start}", policy=str(folder))
@@ -153,7 +205,7 @@ def test_a_policy_that_looks_at_the_given_rate_runs_from_each(
 
 
 def test_a_lost_run_is_an_outcome(make_config, tmp_path: Path) -> None:
-    changes = {"methods": ["policy", "constant"], "seeds": [0], "learning_rate_factors": [1, 1e30]}
+    changes = {"methods": ["policy", "constant"], "seeds": [0], "learning_rate_factors": [1, 1e30], "tuned": False}
     compare(config=make_config(**changes), output=tmp_path / "run", policy="hold")
     lost = [row for row in read_results(tmp_path / "run")["rows"] if row["method"] == "constant" and row["diverged"]]
     assert len(lost) == 2
@@ -170,8 +222,10 @@ def test_results_go_to_the_tracker(finished: Path, make_config, monkeypatch: pyt
     monkeypatch.setattr("llmrl.compare.runner.make_tracker", lambda *args: Recorder())
     compare(config=make_config(), output=finished, policy="hold")
     assert [args[0] for args, _ in calls["log_table"]] == ["compare/summary", "compare/rows"]
-    assert calls["log_image"] == [(("compare/comparison", finished / "comparison.png"), {})]
-    assert calls["log_artifact"][0][0][2] == finished / "results.json"
+    pictures = [args[1].name for args, _ in calls["log_image"]]
+    assert pictures == ["comparison.png", "profiles.png", "curves.png"]
+    assert calls["log_html"] == [(("compare/report", finished / "report.html"), {})]
+    assert [args[2].name for args, _ in calls["log_artifact"]] == ["results.json", "report.html"]
     assert "aggregate" in calls["set_summary"][0][0][0]
     assert calls["finish"] == [((), {})]
 

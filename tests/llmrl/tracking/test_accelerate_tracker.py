@@ -77,10 +77,12 @@ def test_a_tracker_without_pictures_and_tables_gets_text(tmp_path: Path, monkeyp
     tracker = AccelerateTracker(noting, owned=False)
     tracker.log_image("picture", tmp_path / "plot.png")
     tracker.log_table("table", ["a", "b"], [[1, 2]])
+    tracker.log_html("page", tmp_path / "report.html")
     tracker.finish()
     assert [values for _, values, _ in noting.calls] == [
         {"picture": str(tmp_path / "plot.png")},
         {"table": "| a | b |\n| --- | --- |\n| 1 | 2 |"},
+        {"page": str(tmp_path / "report.html")},
     ]
 
 

@@ -34,6 +34,8 @@ def test_an_offline_run_is_complete(tmp_path: Path, read_back: ReadBack, capfd: 
     tracker.log({"losses/td_loss": 0.5}, step=10)
     tracker.log_table("comparison", ["method", "score"], [["hold", 0.9], ["linear", None]])
     tracker.log_image("curve", tmp_path / "plot.png")
+    (tmp_path / "report.html").write_text("<p>all of it</p>")
+    tracker.log_html("report", tmp_path / "report.html")
     tracker.log({"losses/td_loss": 0.25}, step=10)
     tracker.log({"losses/td_loss": 0.125}, step=20)
     tracker.log_artifact("policy of one", "policy", policy)
@@ -53,6 +55,9 @@ def test_an_offline_run_is_complete(tmp_path: Path, read_back: ReadBack, capfd: 
     assert [(row["_step"], row["losses/td_loss"]) for row in history] == [(10, 0.25), (20, 0.125)]
     assert history[0]["comparison._type"] == "table-file"
     assert history[0]["curve._type"] == "image-file"
+    assert history[0]["report._type"] == "html-file"
+    (kept,) = run_directory.rglob("report*.html")
+    assert kept.read_text() == "<p>all of it</p>"
     assert {record["type"] for record in records["artifact"]} >= {"policy", "run_table"}
     assert {"score": {"iqm": 0.95}} in [record.get("update") for record in records["summary"]]
     assert records["exit"] == [{}] or records["exit"][0].get("exit_code", 0) == 0
