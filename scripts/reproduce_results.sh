@@ -17,7 +17,7 @@ shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${NO_ENVIRONMENT:-}" ]; then
     source scripts/environment.sh
-    prepare_environment ""
+    prepare_environment "[baselines]"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,9 @@ def results_section(results: Results, source: str) -> str:
     seeds = sorted({row["seed"] for row in results["rows"]})
     lines = [
         f"{len(tasks)} tasks, {len(seeds)} seeds ({source}). Score: 1 is the best linear decay of a sweep of rates,",
-        "0 the loss before fine-tuning. Interquartile means with 95 % intervals; in brackets behind: share of starts",
-        "better than linear decay from the same rate; failures: jobs that ended worse than they began.",
+        f"0 the loss before fine-tuning. Interquartile means with 95 % intervals over {_units(seeds)}; in brackets",
+        "behind, the share of starts that end better than linear decay from the same rate. A job that ends worse than",
+        "it began is a failure.",
         "",
         f"| method | {' | '.join(REGIMES[name] for name in regimes)} | failures |",
         f"|---|{'---|' * (len(regimes) + 1)}",
@@ -65,10 +66,24 @@ def results_section(results: Results, source: str) -> str:
     return "\n".join([*lines, *(_target_row(target, results) for target in TARGETS)])
 
 
+def _units(seeds: Sequence[int]) -> str:
+    """What varies in the intervals: seeds within tasks, or the tasks themselves where there is one seed."""
+    return "seeds within tasks" if len(seeds) > 1 else "tasks"
+
+
+def _interval(told: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval over seeds within tasks, or where there is none that over tasks."""
+    for low, high in (("ci_low", "ci_high"), ("task_ci_low", "task_ci_high")):
+        if told.get(low) is not None:
+            return told[low], told[high]
+    return None
+
+
 def _cell(told: Mapping[str, Any] | None, *, is_linear: bool) -> str:
     if told is None or told["iqm"] is None:
         return ""
-    interval = "" if told["ci_low"] is None else f" [{told['ci_low']:.2f}, {told['ci_high']:.2f}]"
+    bounds = _interval(told)
+    interval = "" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]"
     better = told.get("probability_of_improvement")
     return f"{told['iqm']:.2f}{interval}" + ("" if better is None or is_linear else f" ({better:.0%})")
 
@@ -93,6 +108,13 @@ def _at(results: Results, *path: str) -> Any:
     return value
 
 
+def _bounds(told: Mapping[str, Any]) -> tuple[float, float]:
+    bounds = _interval(told)
+    if bounds is None:
+        raise NotMeasuredError("an interval")
+    return bounds
+
+
 def _score_at_wrong_rates(results: Results) -> tuple[str, bool]:
     told = _at(results, "aggregate", POLICY, "wrong")
     score = _at(told, "iqm")
@@ -104,7 +126,7 @@ def _advantage(other: str, regime: str, least: float) -> Callable[[Results], tup
 
     def measure(results: Results) -> tuple[str, bool]:
         told = _at(results, "paired", "regimes", regime, other, "iqm")
-        value, low, high = (_at(told, name) for name in ("value", "ci_low", "ci_high"))
+        value, (low, high) = _at(told, "value"), _bounds(told)
         return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", low > least
 
     return measure
@@ -115,10 +137,9 @@ def _better_than_rivals(results: Results) -> tuple[str, bool]:
     there = [name for name in RIVALS if name in told]
     if len(there) < len(RIVALS):
         raise NotMeasuredError(", ".join(name for name in RIVALS if name not in told))
-    hardest = min(there, key=lambda name: _at(told, name, "ci_low"))
-    entry = told[hardest]
-    words = f"hardest is {hardest}: {entry['probability']:.2f} [{entry['ci_low']:.2f}, {entry['ci_high']:.2f}]"
-    return words, entry["ci_low"] > 0.75
+    hardest = min(there, key=lambda name: _bounds(told[name]))
+    low, high = _bounds(told[hardest])
+    return f"hardest is {hardest}: {told[hardest]['probability']:.2f} [{low:.2f}, {high:.2f}]", low > 0.75
 
 
 def _fewer_failures(results: Results) -> tuple[str, bool]:

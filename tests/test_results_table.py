@@ -94,8 +94,17 @@ def test_one_command_makes_table_and_figure(tmp_path):
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- end of results -->\n")
     settings = {"POLICY": "hold", "README": str(tmp_path / "README.md"), "RUN": str(tmp_path / "run")}
     task = "{name: json, data: 'builtin:json', steps: 10, max_length: 32, validation_examples: 8, test_examples: 8}"
-    words = [f"tasks=[{task}]", "learning_rate_factors=[1]", "oracle_factors=[1]", "seeds=1", "workers=1"]
+    words = [
+        f"tasks=[{task}]",
+        "stress_tasks=[]",
+        "methods=[policy, linear]",
+        "learning_rate_factors=[1]",
+        "oracle_factors=[1]",
+        "seeds=1",
+        "workers=1",
+    ]
     command = [str(ROOT / "scripts" / "reproduce_results.sh"), str(tmp_path), str(tmp_path), *words]
+    settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **settings, "NO_ENVIRONMENT": "1", "WANDB_MODE": "disabled"}
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr

@@ -16,9 +16,11 @@ from llmrl.compare.aggregate import start_of
 from llmrl.compare.rows import Row
 from llmrl.compare.significance import holm, signed_rank_p_value
 from llmrl.compare.statistics import (
+    Estimate,
     Floats,
     bootstrap_means,
     estimate,
+    hierarchical_means,
     interquartile_mean,
     mean,
     percentile_interval,
@@ -60,8 +62,8 @@ def improvement_matrix(rows: Sequence[Row], methods: Sequence[str]) -> dict[str,
         methods: Names, in the order of the matrix.
 
     Returns:
-        By method and other method: probability, ci_low, ci_high (None where every task has one seed), num_pairs. Two
-        methods without a common start have no entry.
+        By method and other method: probability, ci_low, ci_high (None where every task has one seed), task_ci_low,
+        task_ci_high (None with one task), num_pairs. Two methods without a common start have no entry.
     """
     pairs = [(i, j) for i in range(len(methods)) for j in range(i + 1, len(methods))]
     matrix: dict[str, dict[str, Any]] = {name: {} for name in methods}
@@ -69,13 +71,18 @@ def improvement_matrix(rows: Sequence[Row], methods: Sequence[str]) -> dict[str,
         return matrix
     won = [_wins_of_pairs(losses, pairs) for losses in aligned(rows, methods, "loss_test", np.inf)]
     several = any(values.shape[0] > 1 for values in won)
-    resampled = bootstrap_means(won, np.random.default_rng(0)) if several else None
+    by_seed = bootstrap_means(won, np.random.default_rng(0)) if several else None
+    by_task = hierarchical_means(won, np.random.default_rng(0)) if len(won) > 1 else None
     for place, (i, j) in enumerate(pairs):
         counted = np.concatenate([values[..., place].ravel() for values in won])
         counted = counted[~np.isnan(counted)]
         if counted.size:
-            interval = None if resampled is None else percentile_interval(_finite(resampled[:, place]))
-            _enter(matrix, methods[i], methods[j], float(counted.mean()), interval, int(counted.size))
+            intervals = [
+                None if means is None else percentile_interval(_finite(means[:, place])) for means in (by_seed, by_task)
+            ]
+            value = Estimate(float(counted.mean()), *intervals)
+            matrix[methods[i]][methods[j]] = {**value.named("probability"), "num_pairs": int(counted.size)}
+            matrix[methods[j]][methods[i]] = {**_mirrored(value).named("probability"), "num_pairs": int(counted.size)}
     return matrix
 
 
@@ -90,22 +97,13 @@ def _finite(values: Floats) -> Floats:
     return values[~np.isnan(values)]
 
 
-def _enter(
-    matrix: dict[str, dict[str, Any]],
-    first: str,
-    second: str,
-    probability: float,
-    interval: tuple[float, float] | None,
-    num_pairs: int,
-) -> None:
-    low, high = interval or (None, None)
-    matrix[first][second] = {"probability": probability, "ci_low": low, "ci_high": high, "num_pairs": num_pairs}
-    matrix[second][first] = {
-        "probability": 1.0 - probability,
-        "ci_low": None if high is None else 1.0 - high,
-        "ci_high": None if low is None else 1.0 - low,
-        "num_pairs": num_pairs,
-    }
+def _mirrored(value: Estimate) -> Estimate:
+    """The probability of the other one of a pair."""
+    seeds, tasks = (
+        None if bounds is None else (1.0 - bounds[1], 1.0 - bounds[0])
+        for bounds in (value.interval, value.task_interval)
+    )
+    return Estimate(None if value.value is None else 1.0 - value.value, seeds, tasks)
 
 
 # -- paired differences -------------------------------------------------------------------------------------------

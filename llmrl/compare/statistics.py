@@ -146,6 +146,33 @@ def bootstrap_means(
         return totals / counts
 
 
+def hierarchical_means(
+    strata: Sequence[Floats],  # each [U, F, K]
+    rng: np.random.Generator,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Floats:  # [R, K]
+    """Means of K quantities where tasks are drawn first and then seeds within every task drawn.
+
+    Args:
+        strata: Values of each task; NaN does not count.
+        rng: Draws the tasks and the seeds.
+        num_resamples: R.
+    """
+    num_quantities = strata[0].shape[2]
+    totals, counts = np.zeros((num_resamples, num_quantities)), np.zeros((num_resamples, num_quantities))
+    there = [~np.isnan(values) for values in strata]
+    sums = [np.where(known, values, 0.0).sum(axis=1) for known, values in zip(there, strata, strict=True)]
+    for _ in strata:
+        drawn = rng.integers(len(strata), size=num_resamples)
+        for task, values in enumerate(strata):
+            rows = np.flatnonzero(drawn == task)
+            times = rng.multinomial(len(values), np.full(len(values), 1.0 / len(values)), size=len(rows))
+            totals[rows] += times @ sums[task]
+            counts[rows] += times @ there[task].sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return totals / counts
+
+
 def bootstrap_interval(
     strata: Sequence[Floats],
     statistic: Statistic,

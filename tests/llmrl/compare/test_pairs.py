@@ -38,7 +38,9 @@ def test_probabilities_by_hand() -> None:
     assert matrix["y"]["x"]["probability"] == 0.25
     assert matrix["x"]["y"]["num_pairs"] == 4
     # x ties with z once, and a lost run loses.
-    assert matrix["x"]["z"] == {"probability": 0.75, "ci_low": 0.5, "ci_high": 1.0, "num_pairs": 2}
+    assert matrix["x"]["z"] == {
+        "probability": 0.75, "ci_low": 0.5, "ci_high": 1.0, "task_ci_low": 0.5, "task_ci_high": 1.0, "num_pairs": 2
+    }  # fmt: skip
     assert set(matrix["x"]) == {"y", "z"}
     # Task b draws a win of x zero, once or twice out of two; task a always wins twice.
     assert (matrix["x"]["y"]["ci_low"], matrix["x"]["y"]["ci_high"]) == (0.5, 1.0)
@@ -53,7 +55,16 @@ def test_methods_without_a_common_start_are_not_compared() -> None:
 
 def test_one_seed_has_probabilities_without_intervals() -> None:
     matrix = improvement_matrix([row("x", 1.0), row("y", 2.0)], ["x", "y"])
-    assert matrix["x"]["y"] == {"probability": 1.0, "ci_low": None, "ci_high": None, "num_pairs": 1}
+    assert matrix["x"]["y"] == {
+        "probability": 1.0, "ci_low": None, "ci_high": None, "task_ci_low": None, "task_ci_high": None, "num_pairs": 1
+    }  # fmt: skip
+
+
+def test_one_seed_of_several_tasks_has_intervals_over_tasks() -> None:
+    losses = {"a": (1.0, 2.0), "b": (1.0, 2.0), "c": (2.0, 1.0)}
+    rows = [row(name, loss, task=task) for task, pair in losses.items() for name, loss in zip("xy", pair, strict=True)]
+    found = improvement_matrix(rows, ["x", "y"])["x"]["y"]
+    assert (found["ci_low"], found["task_ci_low"], found["task_ci_high"]) == (None, 0.0, 1.0)
 
 
 LOSSES = st.sampled_from([None, 1.0, 1.5, 2.0])

@@ -10,6 +10,7 @@ from llmrl.compare.statistics import (
     estimate,
     hierarchical_bootstrap,
     hierarchical_interval,
+    hierarchical_means,
     interquartile_mean,
     mean,
     stratified_bootstrap,
@@ -207,3 +208,19 @@ def test_means_of_many_quantities_are_those_of_each(shapes: list[tuple[int, int]
     for quantity in range(3):
         alone = stratified_bootstrap([v[..., quantity] for v in strata], mean, np.random.default_rng(seed), 20)
         np.testing.assert_allclose(together[:, quantity], alone, atol=1e-12)
+
+
+def test_means_over_tasks_spread_as_those_of_the_hierarchical_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    strata = [rng.normal(task, 1.0, size=(3, 2, 1)) for task in range(4)]
+    together = hierarchical_means(strata, np.random.default_rng(1), 4000)[:, 0]
+    alone = hierarchical_bootstrap([values[..., 0] for values in strata], mean, np.random.default_rng(2), 4000)
+    levels = [0.025, 0.25, 0.5, 0.75, 0.975]
+    np.testing.assert_allclose(np.quantile(together, levels), np.quantile(alone, levels), atol=0.1)
+
+
+def test_means_over_tasks_of_one_seed_are_those_of_tasks_by_hand() -> None:
+    found = hierarchical_means([np.full((1, 2, 1), value) for value in (0.0, 1.0)], np.random.default_rng(0), 2000)
+    values, counts = np.unique(found, return_counts=True)
+    assert values.tolist() == [0.0, 0.5, 1.0]
+    np.testing.assert_allclose(counts / 2000, [0.25, 0.5, 0.25], atol=0.05)
