@@ -81,13 +81,13 @@ def _resource(name: str) -> str:
 def _subtitle(results: Mapping[str, Any]) -> str:
     rows = results["rows"]
     counts = {
-        "methods": len(results["aggregate"]),
-        "tasks": len(results["oracle"]),
-        "seeds": len({row["seed"] for row in rows}),
-        "rows": len(rows),
-        "runs": sum(entry["num_runs"] for entry in results["compute"].values()),
+        "method": len(results["aggregate"]),
+        "task": len(results["oracle"]),
+        "seed": len({row["seed"] for row in rows}),
+        "row": len(rows),
+        "run": sum(entry["num_runs"] for entry in results["compute"].values()),
     }
-    return escape(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return escape(", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()))
 
 
 def _warnings(results: Mapping[str, Any]) -> str:
