@@ -24,7 +24,7 @@ from llmrl.config_loading import config_to_yaml
 from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
 from llmrl.hosts.job import JobResult, named_schedule, run_job
-from llmrl.hosts.sharded import run_sharded_job
+from llmrl.hosts.sharded import check_sharded_task, run_sharded_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
 from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory
@@ -54,6 +54,8 @@ def finetune(
             got=config.task.batch_size,
             where="task.batch_size",
         )
+    if _is_sharded(context):
+        check_sharded_task(config.task, context)
     is_first = context.rank == 0
     if is_first:
         create_run_directory(output)

@@ -20,12 +20,37 @@ from llmrl_envs.jobs.optimizer import build_optimizer
 from llmrl_envs.jobs.passes import JobPasses
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.session import own_random_state, seeded_random_state
+from llmrl_envs.jobs.task import FineTuningTask
+from torch import nn
 
 from llmrl.controller import ScheduleController
 from llmrl.decisions import DecisionRecord
 from llmrl.hosts.accelerate import AcceleratorContext
 from llmrl.hosts.job import JobResult
+from llmrl.live.capabilities import find_distribution
 from llmrl.policy import SchedulePolicy
+
+
+def check_sharded_task(task: FineTuningTask, context: AcceleratorContext) -> None:
+    """Refuses what cannot be done with a model that is shared out.
+
+    Raises:
+        UserError: The task wants a loss scale of its own, or adapters under DeepSpeed.
+    """
+    if task.precision == "fp16":
+        raise UserError(
+            "a sharded job takes its loss scale from accelerate",
+            where="task.precision",
+            expected="auto, fp32 or bf16; for float16 `mixed_precision: fp16` in accelerate's configuration",
+            got="fp16",
+        )
+    if task.mode == "lora" and find_distribution(nn.Module(), context.accelerator, context.world_size) == "deepspeed":
+        raise UserError(
+            "the size of LoRA's updates cannot be measured under DeepSpeed",
+            where="task.mode",
+            expected="full under DeepSpeed, or LoRA under DDP or FSDP2",
+            got="lora",
+        )
 
 
 def run_sharded_job(
@@ -43,17 +68,7 @@ def run_sharded_job(
     """Fine-tunes to the end of the budget; arguments as for `run_job`.
 
     The job's model is shared out from here on, and its parameters are this process's shards.
-
-    Raises:
-        UserError: The job cannot be run or steered in this way.
     """
-    if job.task.precision == "fp16":
-        raise UserError(
-            "a sharded job takes its loss scale from accelerate",
-            where="task.precision",
-            expected="auto, fp32 or bf16; for float16 `mixed_precision: fp16` in accelerate's configuration",
-            got="fp16",
-        )
     job.restore_initial_weights()
     passes = JobPasses(job, seed, context, Precision(job.task.precision, job.device))
     model, optimizer = context.prepare_sharded(job, build_optimizer(job.loaded.trainable, job.task.optimizer))

@@ -28,7 +28,7 @@ from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_rec
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
 from llmrl.live.generators import Generators
 from llmrl.live.optimizers import RateSetter, check_optimizer, innermost, skip_unless
-from llmrl.live.parameters import find_parameters
+from llmrl.live.parameters import find_parameters, reshard
 from llmrl.live.processes import Processes
 from llmrl.live.snapshots import Snapshot
 from llmrl.policy import SchedulePolicy
@@ -86,6 +86,7 @@ class LiveJob:
         accelerator: Any = None,
         on_record: Callable[[DecisionRecord], None] | None = None,
     ) -> None:
+        self._model = model
         self._optimizer = innermost(optimizer)
         self._accelerated = optimizer
         self._accelerator = accelerator
@@ -96,6 +97,7 @@ class LiveJob:
         device = next(model.parameters()).device
         self._processes = Processes(device)
         distribution = find_distribution(model, accelerator, self._processes.world_size)
+        reshard(model)
         found = find_parameters(model, self._optimizer, distribution)
         self._parameters = found.by_name
         self._lower_half = frozenset(lower_half(tuple(found.by_name)))
@@ -258,6 +260,7 @@ class LiveJob:
                 self._roll_back()
 
     def _roll_back(self) -> None:
+        reshard(self._model)
         self._generators.restore(self._snapshot.restore(self._parameters, self._optimizer))
 
     def _decide(self) -> None:
