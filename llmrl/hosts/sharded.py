@@ -17,7 +17,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.optimizer import build_optimizer
-from llmrl_envs.jobs.passes import JobPasses
+from llmrl_envs.jobs.passes import JobPasses, nan_unless_finite
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.session import own_random_state, seeded_random_state
 from llmrl_envs.jobs.task import FineTuningTask
@@ -117,7 +117,7 @@ def _train_step(
             loss += part.detach()
             tokens += batch.num_tokens
             # Whoever runs the backward pass divides by the number of micro-batches, whose weights add up already.
-            accelerator.backward(part * accelerator.gradient_accumulation_steps)
+            accelerator.backward(nan_unless_finite(part) * accelerator.gradient_accumulation_steps)
             if batch.last:
                 controller.before_step(loss)
             optimizer.step()
