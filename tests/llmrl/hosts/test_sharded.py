@@ -19,7 +19,7 @@ TASK = {
 }  # fmt: skip
 CASES = {
     "full": {},
-    "lora": {"mode": "lora"},
+    "lora": {"mode": "lora", "steps": 12},
     "linear": {"steps": 8},
     "classes": {"objective": "classification", "data": "classes.jsonl", "steps": 8},
 }
