@@ -8,19 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.models import save_model
+from llmrl_envs.jobs.parallel import ParallelContext
 
 from llmrl.config import FinetuneConfig
 from llmrl.config_loading import config_to_yaml
 from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
 from llmrl.hosts.job import JobResult, named_schedule, run_job
+from llmrl.hosts.sharded import check_sharded_task, run_sharded_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
 from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory
@@ -50,23 +54,28 @@ def finetune(
             got=config.task.batch_size,
             where="task.batch_size",
         )
+    if _is_sharded(context):
+        check_sharded_task(config.task, context)
     is_first = context.rank == 0
     if is_first:
         create_run_directory(output)
         atomic_write_text(output / "config.yaml", config_to_yaml(config))
-    device = str(context.device) if isinstance(context, AcceleratorContext) else config.device
-    job = JobLibrary(device).job(config.task)
+    job = _load_job(config, context)
     rate = config.task.learning_rate if config.learning_rate is None else config.learning_rate
     with ending(make_tracker(config.tracking, "finetune", output, config.model_dump(mode="json"))) as tracker:
         recorder = _Recorder(output, chosen, job, tracker) if is_first else None
         with job_progress(config.task.steps, enabled=is_first) as advance:
-            result = run_job(
+            run = (
+                partial(run_sharded_job, context=context)
+                if _is_sharded(context)
+                else partial(run_job, parallel=context)
+            )
+            result = run(
                 job,
                 chosen,
                 learning_rate=rate,
                 seed=config.seed,
                 settings=settings,
-                parallel=context,
                 guarded=schedule is None,
                 validate=True,
                 on_decision=_announce(recorder, advance),
@@ -75,13 +84,26 @@ def finetune(
         if isinstance(context, AcceleratorContext):
             digests = context.gather_texts(digests[0])
         summary = summarise(config, chosen, rate, result, digests)
+        state = context.whole_state() if config.save_model and _is_sharded(context) else None
         if recorder is not None:
             if config.save_model:
-                save_model(job.loaded, output / "model", job.data.label_names)
+                save_model(job.loaded, output / "model", job.data.label_names, state)
             recorder.finish(summary)
     if isinstance(context, AcceleratorContext):
         context.barrier()
     return summary
+
+
+def _is_sharded(context: ParallelContext) -> TypeGuard[AcceleratorContext]:
+    return context.sharded
+
+
+def _load_job(config: FinetuneConfig, context: ParallelContext) -> Job:
+    """The job on its device; one whose model will be shared out waits on the CPU, which has room for the whole."""
+    if _is_sharded(context):
+        return replace(JobLibrary("cpu").job(config.task), device=context.device)
+    device = str(context.device) if isinstance(context, AcceleratorContext) else config.device
+    return JobLibrary(device).job(config.task)
 
 
 def choose_policy(

@@ -159,6 +159,7 @@ def main() -> None:
     """Measures and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer pairs")
+    parser.add_argument("--pairs", type=int, help="pairs of blocks; 36, with --quick 10")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="3M, 22M, or paths of causal models")
     parser.add_argument("--peak-memory", choices=("plain", "steered"), help=argparse.SUPPRESS)
@@ -168,7 +169,8 @@ def main() -> None:
         return
     if arguments.output is None:
         parser.error("--output is required")
-    wall = [measure_wall(name, 10 if arguments.quick else 36) for name in arguments.models]
+    num_pairs = arguments.pairs or (10 if arguments.quick else 36)
+    wall = [measure_wall(name, num_pairs) for name in arguments.models]
     memory = [
         compare_peak_memory(
             f"memory_{name}", [__file__, "--models", name, "--peak-memory"], 1 if arguments.quick else 5

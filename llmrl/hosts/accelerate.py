@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,37 +10,46 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from llmrl_envs.errors import UserError
+from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from torch import Tensor, nn
 
+from llmrl.live.capabilities import find_distribution
+
+_SHARDING = ("FSDP", "DEEPSPEED")
+
 
 class AcceleratorContext:
-    """The processes of an accelerate launch, with one replica of the model each.
+    """The processes of an accelerate launch, with one replica of the model each, or one shard of it.
 
     Args:
         accelerator: The process-wide accelerator.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator: Any = accelerator
+        self.accelerator: Any = accelerator
         self._prepared: tuple[nn.Module, nn.Module] | None = None
 
     @property
     def rank(self) -> int:
         """This process's index."""
-        return int(self._accelerator.process_index)
+        return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return int(self._accelerator.num_processes)
+        return int(self.accelerator.num_processes)
 
     @property
     def device(self) -> torch.device:
         """This process's device."""
-        device: torch.device = self._accelerator.device
+        device: torch.device = self.accelerator.device
         return device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is shared out: by FSDP2, or its optimizer's state by DeepSpeed."""
+        return str(self.accelerator.distributed_type.value) in _SHARDING
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model wrapped so that gradients are averaged over the processes.
@@ -49,20 +59,47 @@ class AcceleratorContext:
         if self._prepared is not None and self._prepared[0] is model:
             return self._prepared[1]
         if self._prepared is not None:
-            models = self._accelerator._models
+            models = self.accelerator._models
             models[:] = [held for held in models if held is not self._prepared[1]]
-        wrapped: nn.Module = self._accelerator.prepare_model(model)
+        wrapped: nn.Module = self.accelerator.prepare_model(model)
         self._prepared = (model, wrapped)
         return wrapped
 
+    def prepare_sharded(self, job: Job, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Shares out a job's model and its optimizer; the job's parameters are this process's shards from then on."""
+        task = job.task
+        self.accelerator.gradient_accumulation_steps = task.gradient_accumulation
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None:
+            share = -(-task.batch_size // self.world_size)
+            limit = task.optimizer.max_grad_norm
+            plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": share,
+                "train_batch_size": share * task.gradient_accumulation * self.world_size,
+                "gradient_accumulation_steps": task.gradient_accumulation,
+                "gradient_clipping": limit if math.isfinite(limit) else 0.0,
+            }
+        model, prepared = self.accelerator.prepare(job.loaded.model, optimizer)
+        shards = {name: p for name, p in job.loaded.model.named_parameters() if name in job.loaded.trainable}
+        job.loaded.trainable.update(shards)
+        job.initial.update({name: p.detach().clone() for name, p in shards.items()})
+        self._prepared = (job.loaded.model, model)
+        return model, prepared
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """All weights of the model that was shared out, on the first process; every process must call it."""
+        assert self._prepared is not None
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self._prepared[1])
+        return state
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over the processes."""
-        total: Tensor = self._accelerator.reduce(tensor.clone(), reduction="sum")
+        total: Tensor = self.accelerator.reduce(tensor.clone(), reduction="sum")
         return total
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Gradients travel in a step's last backward pass only."""
-        return nullcontext() if last else self._accelerator.no_sync(model)
+        return nullcontext() if last else self.accelerator.no_sync(model)
 
     def agree(self, action: int) -> int:
         """The first process's action, on every process."""
@@ -76,7 +113,7 @@ class AcceleratorContext:
 
     def barrier(self) -> None:
         """Waits for the other processes."""
-        self._accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
 
 def launched_processes() -> int:
@@ -88,17 +125,10 @@ def parallel_context() -> ParallelContext:
     """The context of this process: alone, or one of those that `accelerate launch` started.
 
     Raises:
-        UserError: The launcher wants the model sharded; this loop keeps a replica on each process.
+        UserError: The launcher shares the model in a way in which a job cannot be steered.
     """
     if launched_processes() == 1:
         return SingleProcess()
-    accelerator: Any = Accelerator()
-    kind = str(accelerator.distributed_type.value)
-    if not kind.startswith("MULTI_"):
-        raise UserError(
-            "`llmrl finetune` keeps a replica of the model on each process",
-            where="the accelerate configuration's key `distributed_type`",
-            expected="MULTI_GPU; FSDP2 and DeepSpeed work in Trainer and in a loop of your own, see docs/hosts.md",
-            got=kind,
-        )
+    accelerator = Accelerator()
+    find_distribution(nn.Module(), accelerator, launched_processes())
     return AcceleratorContext(accelerator)

@@ -14,7 +14,8 @@ from llmrl_envs.interface.schedule import BASE_NAMES, BaseName, ScheduleSettings
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
-from llmrl_envs.jobs.session import Evaluation, FineTuningSession
+from llmrl_envs.jobs.passes import Evaluation
+from llmrl_envs.jobs.session import FineTuningSession
 
 from llmrl.compare.names import SCHEDULE_NAMES
 from llmrl.decisions import DecisionLoop, DecisionRecord, interval_record

@@ -26,8 +26,9 @@ from torch.nn import Parameter
 
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
+from llmrl.live.generators import Generators
 from llmrl.live.optimizers import RateSetter, check_optimizer, innermost, skip_unless
-from llmrl.live.parameters import find_parameters
+from llmrl.live.parameters import find_parameters, reshard
 from llmrl.live.processes import Processes
 from llmrl.live.snapshots import Snapshot
 from llmrl.policy import SchedulePolicy
@@ -85,6 +86,7 @@ class LiveJob:
         accelerator: Any = None,
         on_record: Callable[[DecisionRecord], None] | None = None,
     ) -> None:
+        self._model = model
         self._optimizer = innermost(optimizer)
         self._accelerated = optimizer
         self._accelerator = accelerator
@@ -95,15 +97,17 @@ class LiveJob:
         device = next(model.parameters()).device
         self._processes = Processes(device)
         distribution = find_distribution(model, accelerator, self._processes.world_size)
+        reshard(model)
         found = find_parameters(model, self._optimizer, distribution)
         self._parameters = found.by_name
         self._lower_half = frozenset(lower_half(tuple(found.by_name)))
+        self._keeps_snapshots = options.snapshots and distribution is not Distribution.DEEPSPEED
         self.capabilities: HostCapabilities = find_capabilities(
             distribution,
             model,
             has_layers=bool(self._lower_half),
             max_grad_norm=options.max_grad_norm,
-            keeps_snapshots=options.snapshots,
+            keeps_snapshots=self._keeps_snapshots,
         )
         self.loop = DecisionLoop(
             policy,
@@ -129,6 +133,7 @@ class LiveJob:
         )
         path = options.snapshot_path
         self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))
+        self._generators = Generators(device)
         self.step = options.first_step
         self._done = 0
         self._active: list[Parameter] = []
@@ -201,6 +206,7 @@ class LiveJob:
         """
         if self.finished:
             return
+        self._generators.end_step()
         loss = self._processes.mean(self._scalar(loss))
         norm = None if gradient_norm is None else self._scalar(gradient_norm)
         late = self.capabilities.distribution is Distribution.DEEPSPEED
@@ -229,6 +235,8 @@ class LiveJob:
         if self._done == self.loop.interval:
             self._close_interval()
         self.set_rates()
+        if self._keeps_snapshots:
+            self._generators.begin_step()
 
     def _close_interval(self) -> None:
         rate = self.loop.learning_rate(self.step - 1)
@@ -236,12 +244,12 @@ class LiveJob:
             step=self.step, total_steps=self._options.total_steps, reduce=self._processes.mean
         )
         update = self.loop.observe(statistics)
-        if update.at_best[0] and self._options.snapshots:
-            self._snapshot.take(self._parameters, self._optimizer)
+        if update.at_best[0] and self._keeps_snapshots:
+            self._snapshot.take(self._parameters, self._optimizer, self._generators.states())
             self.loop.schedule.has_snapshot[:] = True
         rescued = bool(update.fell_back[0]) and self._snapshot.taken
         if rescued:
-            self._snapshot.restore(self._parameters, self._optimizer)
+            self._roll_back()
         record = interval_record(self.loop, self._decision, statistics, update, learning_rate=rate, rescued=rescued)
         if self._on_record is not None:
             self._on_record(record)
@@ -249,7 +257,11 @@ class LiveJob:
         if not self.finished:
             self._decide()
             if self._decision.rollback:
-                self._snapshot.restore(self._parameters, self._optimizer)
+                self._roll_back()
+
+    def _roll_back(self) -> None:
+        reshard(self._model)
+        self._generators.restore(self._snapshot.restore(self._parameters, self._optimizer))
 
     def _decide(self) -> None:
         self._decision = self.loop.decide()
@@ -277,6 +289,7 @@ class LiveJob:
             "multipliers": list(self._rates.multipliers),
             "loop": _to_tensors(self.loop.state_dict()),
             "recorder": self._recorder.state_dict(),
+            "generators": list(self._generators.own),
             "decision": {
                 "index": decision.index,
                 "step": decision.step,
@@ -311,10 +324,11 @@ class LiveJob:
         self.loop.load_state_dict(_to_arrays(state["loop"]))
         self._recorder.resize(max(self.loop.intervals))
         self._recorder.load_state_dict(state["recorder"])
+        self._generators.keep(state["generators"])
         decision = state["decision"]
         arrays = _to_arrays(decision["arrays"])
         self._decision = Decision(**{k: v for k, v in decision.items() if k != "arrays"}, **arrays)
-        if "snapshot" in state and self._options.snapshots:
+        if "snapshot" in state and self._keeps_snapshots:
             self._snapshot.put({name: t.to(self._processes.device) for name, t in state["snapshot"].items()})
         self.loop.schedule.has_snapshot[:] = self._snapshot.taken
         self.set_rates()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llmrl_envs.errors import UserError
@@ -69,6 +70,18 @@ def find_parameters(
     known = {id(p) for p in by_name.values()}
     others = {held[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) not in known}
     return SteeredParameters(by_name | others, mode, fraction, pairs, device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of the whole weights that FSDP2 keeps after a forward pass without a backward pass (an evaluation).
+
+    Until then the model shows other tensors than the optimizer steps, and the next forward pass would not see what was
+    written into the shards. Other models are left as they are.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # an FSDPModule, whose import takes longer than all of this
+            module.reshard()
 
 
 def plain_name(name: str) -> str:

@@ -1,7 +1,4 @@
-"""Where a rollback returns to: parameters and optimizer state, copied out, in memory or in a file.
-
-Random generators are not turned back: a rollback moves on in the data, and old dropout noise would come again.
-"""
+"""Where a rollback returns to: parameters, optimizer state and random generators, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -72,9 +69,12 @@ class Snapshot:
         self._held: dict[str, Tensor] | None = None
         self.taken = False
 
-    def take(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Keeps the present state in place of the one before."""
-        self.put(copy_state(parameters, optimizer))
+    def take(
+        self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, random_state: Mapping[str, Tensor]
+    ) -> None:
+        """Keeps the present state in place of the one before; generator states go by the name of their device."""
+        generators = {_SEPARATOR + name: state for name, state in random_state.items()}
+        self.put(copy_state(parameters, optimizer) | generators)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Keeps a state that was read elsewhere."""
@@ -87,13 +87,15 @@ class Snapshot:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(self._path)
 
-    def restore(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Takes the job back to the kept state.
+    def restore(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Takes the job back to the kept state, and returns the generator states that belong to it.
 
         Raises:
             ValueError: Nothing was kept.
         """
-        restore_state(self.tensors(), parameters, optimizer)
+        kept = self.tensors()
+        restore_state(kept, parameters, optimizer)
+        return {name.removeprefix(_SEPARATOR): t for name, t in kept.items() if name.startswith(_SEPARATOR)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The kept state."""

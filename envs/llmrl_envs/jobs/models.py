@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,19 +106,27 @@ def _ready(model: nn.Module, tokenizer: Any, task: FineTuningTask, use_cache: bo
     )
 
 
-def save_model(loaded: LoadedModel, directory: Path | str, label_names: Sequence[str] = ()) -> None:
+def save_model(
+    loaded: LoadedModel,
+    directory: Path | str,
+    label_names: Sequence[str] = (),
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Writes the model with its tokenizer, as safetensors, so that `from_pretrained` reads it; of LoRA the adapters.
 
     Args:
         loaded: The model.
         directory: Made if it is not there.
         label_names: Names of a classifier's classes, for its configuration.
+        state: All weights by name, where the model holds a shard of them only.
     """
     model: Any = loaded.model
     if label_names:
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: index for index, name in enumerate(label_names)}
-    arguments = {"save_embedding_layers": False} if loaded.mode == "lora" else {}
+    arguments: dict[str, Any] = {"save_embedding_layers": False} if loaded.mode == "lora" else {}
+    if state is not None:
+        arguments["state_dict"] = dict(state)
     if loaded.use_cache is not None:
         model.config.use_cache = loaded.use_cache
     try:

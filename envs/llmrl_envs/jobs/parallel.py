@@ -19,6 +19,10 @@ class ParallelContext(Protocol):
     def world_size(self) -> int:
         """Number of processes."""
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds a part of the weights only, so that all must take part in every forward pass."""
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wraps the model so that its gradients are averaged over the processes."""
 
@@ -34,6 +38,7 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+    sharded = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model as it is."""

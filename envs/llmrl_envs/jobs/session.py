@@ -7,9 +7,9 @@ seed and actions give the same numbers, bit for bit on a CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,34 +20,16 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.statistics import TrainingStatistics, empty_statistics
-from llmrl_envs.jobs.batches import TokenizedSplit, batch_indices, is_bad_batch
 from llmrl_envs.jobs.extensions import GradientClipper, ModalOptimizer, OptimizerFactory, StepRates, clip_to_limit
 from llmrl_envs.jobs.layers import lower_half
 from llmrl_envs.jobs.loading import Job
-from llmrl_envs.jobs.losses import LossSum, batch_loss
 from llmrl_envs.jobs.optimizer import build_optimizer, low_rank_pairs
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
+from llmrl_envs.jobs.passes import Evaluation, JobPasses, nan_unless_finite
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.snapshot import SessionSnapshot, restore_snapshot, take_snapshot
 
 LEVEL_NORMS = ("effective", "adapters")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a pass over a fixed subset found.
-
-    Attributes:
-        loss: Mean cross-entropy, nats per target.
-        accuracy: Share of targets hit; None for language models.
-        num_targets: Targets that were averaged over.
-        num_tokens: Tokens that went through the model, padding not counted.
-    """
-
-    loss: float
-    accuracy: float | None
-    num_targets: int
-    num_tokens: int
 
 
 class FineTuningSession:
@@ -85,11 +67,11 @@ class FineTuningSession:
         self.task = job.task
         self.seed = seed
         self.parallel: ParallelContext = parallel or SingleProcess()
-        _check_shares(job.task.batch_size, self.parallel.world_size)
         if level_norm not in LEVEL_NORMS:
             expected = " or ".join(LEVEL_NORMS)
             raise UserError("unknown norm of a level", expected=expected, got=repr(level_norm), where="level_norm")
         self.precision = Precision(job.task.precision, job.device)
+        self._passes = JobPasses(job, seed, self.parallel, self.precision)
         self.step = 0
         self.tokens_trained = 0
         self._record = record
@@ -192,34 +174,15 @@ class FineTuningSession:
         self.step += 1
 
     def _accumulate_gradients(self) -> Tensor:
-        """Backward passes of one optimizer step; returns its mean loss per target, nats, a scalar on the device.
-
-        Every micro-batch is weighted with its share of the step's targets over all processes, so that neither
-        accumulation nor the number of processes changes the gradient.
-        """
-        split, task = self.job.data.train, self.task
-        count, world = task.gradient_accumulation, self.parallel.world_size
-        indices = batch_indices(len(split), task.batch_size * count, self.seed, self.step).reshape(count, -1)
-        num_targets = max(int(split.num_target_tokens[indices].sum()), 1)
-        spoiled = is_bad_batch(task.bad_batches, self.seed, self.step)
+        """Backward passes of one optimizer step; returns its mean loss per target, nats, a scalar on the device."""
         total = torch.zeros((), device=self.job.device)
-        for position, row in enumerate(indices):
-            share = row[self.parallel.rank :: world]
-            last = position == count - 1
-            batch = self._to_device(split, share, spoiled=spoiled)
-            with self.parallel.accumulate(self._model, last=last):
-                loss = self._loss_sum(batch).loss * (world / num_targets)
-                self.precision.scale(_nan_unless_finite(loss)).backward()  # type: ignore[no-untyped-call]
+        for batch in self._passes.micro_batches(self.step):
+            with self.parallel.accumulate(self._model, last=batch.last):
+                loss = self._passes.training_loss(self._model, batch)
+                self.precision.scale(nan_unless_finite(loss)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            self.tokens_trained += int(split.num_tokens[row].sum())
+            self.tokens_trained += batch.num_tokens
         return total
-
-    def _loss_sum(self, batch: dict[str, Tensor]) -> LossSum:
-        with self.precision.autocast():
-            return batch_loss(self._model, batch, classification=self.task.objective == "classification")
-
-    def _to_device(self, split: TokenizedSplit, indices: np.ndarray, *, spoiled: bool = False) -> dict[str, Tensor]:
-        return {k: v.to(self.job.device, non_blocking=True) for k, v in split.collate(indices, spoiled).items()}
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -233,31 +196,7 @@ class FineTuningSession:
         if averaged and not self._average:
             raise ValueError("averaged: expected a session made with average_steps > 0")
         with self._averaged_weights() if averaged else self._deployed_weights():
-            return self._evaluate(self.job.subset(split), getattr(self.job.data, split))
-
-    @torch.no_grad()
-    def _evaluate(self, subset: Sequence[np.ndarray], split: TokenizedSplit) -> Evaluation:
-        self._model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.job.device)
-        num_targets = num_tokens = 0
-        for batch_number, indices in enumerate(subset):
-            num_targets += int(split.num_target_tokens[indices].sum())
-            num_tokens += int(split.num_tokens[indices].sum())
-            if batch_number % self.parallel.world_size != self.parallel.rank:
-                continue
-            with self.precision.autocast():
-                found = batch_loss(
-                    self.job.loaded.model,
-                    self._to_device(split, indices),
-                    classification=self.task.objective == "classification",
-                )
-            sums[0] += found.loss
-            sums[1] += found.correct
-        sums = self.parallel.sum(sums)
-        loss, correct = sums.tolist()
-        classification = self.task.objective == "classification"
-        accuracy = correct / max(num_targets, 1) if classification else None
-        return Evaluation(loss / max(num_targets, 1), accuracy, num_targets, num_tokens)
+            return self._passes.evaluate(split)
 
     @contextmanager
     def _deployed_weights(self) -> Iterator[None]:
@@ -300,12 +239,13 @@ class FineTuningSession:
 
         Args:
             snapshot: From `snapshot` of a session of the same job.
-            rewind: Go back in the data, the random numbers and the budget too. A rollback during training does not: it
-                takes the weights and moments back and moves on in the data.
+            rewind: Go back in the data, the budget and the loss scale too. A rollback during training does not: it
+                takes weights, moments and random numbers back and moves on in the data.
         """
         position = restore_snapshot(snapshot, self._parameters, self.optimizer, self._average)
+        self._random_state = snapshot.random_state
         if rewind:
-            self._random_state, self._best = snapshot.random_state, snapshot.best
+            self._best = snapshot.best
             self.step, self.tokens_trained = int(position["step"]), int(position["tokens_trained"])
             self.precision.load_state_dict(position)
 
@@ -317,7 +257,7 @@ class FineTuningSession:
         self._best = self._present_state()
 
     def roll_back(self) -> None:
-        """Takes weights and moments back to the best state; data and budget move on."""
+        """Takes weights, moments and generators back to the best state; data and budget move on."""
         if self._best is None:
             raise ValueError("roll_back: expected mark_best to have been called, got no snapshot")
         self.restore(self._best, rewind=False)
@@ -328,24 +268,6 @@ class FineTuningSession:
         with own_random_state(self._random_state, self.job.device):
             yield
             self._random_state = current_random_state(self.job.device)
-
-
-def _check_shares(batch_size: int, world_size: int) -> None:
-    if batch_size < world_size:
-        raise UserError(
-            "a batch has too few examples to share among the processes",
-            expected=f"at least {world_size}, the number of processes",
-            got=batch_size,
-            where="batch_size",
-        )
-
-
-def _nan_unless_finite(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite, one whose gradients are all NaN.
-
-    So the gradient norm alone tells every process, and the loss scaler, to skip the same steps.
-    """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 @contextmanager

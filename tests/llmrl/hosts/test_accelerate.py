@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.parallel import SingleProcess
 from safetensors.numpy import load_file
 
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
+from llmrl.hosts.sharded import check_sharded_task
 
 CASES = {
     "full": {},
@@ -106,6 +109,41 @@ def test_a_process_alone_needs_no_accelerator(monkeypatch, world_size):
     if world_size is not None:
         monkeypatch.setenv("WORLD_SIZE", world_size)
     assert isinstance(parallel_context(), SingleProcess)
+
+
+class DeepSpeedLike:
+    """An accelerator with a DeepSpeed configuration; wraps nothing."""
+
+    num_processes, process_index, is_fsdp2 = 2, 0, False
+    distributed_type = SimpleNamespace(value="DEEPSPEED")
+
+    def __init__(self, config):
+        self.state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+
+    def prepare(self, *objects):
+        return objects
+
+
+def test_deepspeed_takes_batch_size_accumulation_and_clipping_from_the_task(tmp_path):
+    from llmrl_envs.jobs.loading import JobLibrary
+
+    write_data(tmp_path)
+    accelerator = DeepSpeedLike({"gradient_clipping": 7.0, "zero_optimization": {"stage": 2}})
+    job = JobLibrary("cpu").job(make_task(tmp_path, {"gradient_accumulation": 3}))
+    AcceleratorContext(accelerator).prepare_sharded(job, None)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 3)
+    assert config["train_batch_size"] == 18
+    assert config["gradient_clipping"] == job.task.optimizer.max_grad_norm
+    assert config["zero_optimization"] == {"stage": 2}
+    assert accelerator.gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize(("task", "told"), [({"mode": "lora"}, "under DeepSpeed"), ({"precision": "fp16"}, "fp16")])
+def test_what_a_shared_out_model_cannot_do_is_told_before_it_is_loaded(tmp_path, task, told):
+    context = AcceleratorContext(DeepSpeedLike({"zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match=told):
+        check_sharded_task(make_task(tmp_path, task), context)
 
 
 # -- the program ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 
 STEPS = 16
 ACTIONS = ("hold", "one_up", "freeze", "rollback", "tighten", "hold")
-CASES = ("alone", "ddp", "fsdp2", "fsdp2-lora", "ddp-lora", "ddp-poisoned", "fsdp2-poisoned", "trainer")
+CASES = ("alone", "ddp", "fsdp2", "fsdp2-lora", "ddp-lora", "ddp-poisoned", "fsdp2-poisoned", "trainer",
+         "trainer-fsdp2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_both_processes_decide_and_train_alike(results, case):
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", "trainer"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "trainer", "trainer-fsdp2"])
 def test_two_processes_are_steered_as_one_is(results, case):
     assert results[case][0]["rates"] == pytest.approx(results["alone"][0]["rates"], rel=1e-3)
     assert results[case][0]["actions"] == results["alone"][0]["actions"]
@@ -51,8 +52,14 @@ def test_a_loss_that_breaks_on_one_process_skips_the_step_on_both(results, case)
 
 
 def test_the_controller_finds_out_how_the_model_is_shared(results):
-    found = {case: results[case][0]["distribution"] for case in ("alone", "ddp", "fsdp2", "trainer")}
-    assert found == {"alone": "single", "ddp": "ddp", "fsdp2": "fsdp2", "trainer": "ddp"}
+    found = {case: results[case][0]["distribution"] for case in ("alone", "ddp", "fsdp2", "trainer", "trainer-fsdp2")}
+    assert found == {"alone": "single", "ddp": "ddp", "fsdp2": "fsdp2", "trainer": "ddp", "trainer-fsdp2": "fsdp2"}
+
+
+def test_a_sharded_trainer_saves_the_model_that_it_evaluated(results):
+    for found in results["trainer-fsdp2"]:
+        assert len(found["evaluations"]) == 4
+        assert found["reloaded_loss"] == pytest.approx(found["evaluations"][-1], rel=1e-5)
 
 
 def test_the_first_process_decides(results):
@@ -143,8 +150,9 @@ def run_loop(case, accelerator):
     return outcome(model, controller, policy, rates, capabilities)
 
 
-def run_trainer(folder, accelerator):
+def run_trainer(folder, case, rank):
     import torch
+    from fsdp_on_cpu import take_as_sharding
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from llmrl import ScheduleCallback
@@ -152,6 +160,16 @@ def run_trainer(folder, accelerator):
     class InOrder(Trainer):
         def _get_train_sampler(self, *arguments):
             return None
+
+        def create_optimizer(self, *arguments):
+            self.optimizer = self.optimizer or torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+            return self.optimizer
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            if case == "trainer-fsdp2":
+                take_as_sharding()
+                self.is_fsdp_enabled = True
 
     class Rates(TrainerCallback):
         rates: list
@@ -161,22 +179,34 @@ def run_trainer(folder, accelerator):
 
     noted = Rates()
     noted.rates = []
-    policy = make_policy(accelerator.process_index)
+    policy = make_policy(rank)
     callback = ScheduleCallback(policy, snapshots="memory")
     model = make_model(lora=False)
     arguments = TrainingArguments(
-        str(folder / "trainer"), per_device_train_batch_size=1, max_steps=STEPS, report_to=[], save_strategy="no",
+        str(folder / case), per_device_train_batch_size=1, max_steps=STEPS, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True, weight_decay=0.01, learning_rate=1e-5, ddp_backend="gloo",
+        eval_strategy="steps", eval_steps=4,
     )  # fmt: skip
+    examples = [{"input_ids": row, "labels": row} for row in rows()]
     trainer = InOrder(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows()],
-        callbacks=[callback, noted],
-        optimizers=(torch.optim.AdamW(model.parameters(), lr=1e-5), None),
-    )
+        model=model, args=arguments, train_dataset=examples, eval_dataset=examples[:4], callbacks=[callback, noted],
+    )  # fmt: skip
     trainer.train()
-    return outcome(trainer.model, callback.controller, policy, noted.rates, callback.controller.job.capabilities)
+    evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    capabilities = callback.controller.job.capabilities
+    trainer.save_model(str(folder / case / "model"))
+    trainer.accelerator.wait_for_everyone()
+    found = outcome(trainer.model, callback.controller, policy, noted.rates, capabilities)
+    return found | {"evaluations": evaluations, "reloaded_loss": loss_of(folder / case / "model", examples[:4])}
+
+
+def loss_of(path, examples):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    batch = torch.stack([example["input_ids"] for example in examples])
+    with torch.no_grad():
+        return float(AutoModelForCausalLM.from_pretrained(path)(input_ids=batch, labels=batch).loss)
 
 
 def outcome(model, controller, policy, rates, capabilities):
@@ -199,9 +229,11 @@ def one_of_two(folder):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
+    rank = accelerator.process_index
     for case in CASES[1:]:
-        found = run_trainer(folder, accelerator) if case == "trainer" else run_loop(case, accelerator)
-        (folder / f"{case}-{accelerator.process_index}.json").write_text(json.dumps(found))
+        in_trainer = case.startswith("trainer")
+        found = run_trainer(folder, case, rank) if in_trainer else run_loop(case, accelerator)
+        (folder / f"{case}-{rank}.json").write_text(json.dumps(found))
         accelerator.free_memory()
 
 

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from llmrl_envs.errors import UserError
 from transformers import TrainerCallback
 
 from llmrl import ScheduleCallback
+from llmrl.policy import PolicyDecision, SchedulePolicy, hold_policy
 
 ACTIONS = ("hold", "one_up", "one_up", "rollback", "freeze", "tighten", "one_down", "hold")
 SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
@@ -96,16 +98,31 @@ class Kill(TrainerCallback):
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
-    """Three processes: one whole, one killed with -9 after step 9, one that goes on from its last checkpoint."""
+    """Three processes: one whole, one killed with -9 after step 9, one that goes on from its last checkpoint.
+
+    After step 12 they return to a state that was the best before the kill, the dropout's generator with it.
+    """
     for name, killed in (("whole", False), ("cut", True), ("cut", False)):
         command = [sys.executable, __file__, str(tmp_path / name), "9" if killed else "-1"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert found.returncode == (-signal.SIGKILL if killed else 0), found.stderr[-2000:]
     assert (tmp_path / "whole.weights").read_bytes() == (tmp_path / "cut.weights").read_bytes()
     assert (tmp_path / "whole.rates").read_text() == (tmp_path / "cut.rates").read_text()
+    assert (tmp_path / "cut.rollbacks").read_text() == (tmp_path / "whole.rollbacks").read_text() == "[16]"
+
+
+class RollsBack(SchedulePolicy):
+    """Rolls back once, in the decision after step 12 of 20."""
+
+    def act(self, observation, mask):
+        progress = float(observation[0, self.spec.names.index("progress")])
+        name = "rollback" if abs(progress - 0.6) < 0.01 else "hold" if progress > 0.2 else "one_up"
+        return PolicyDecision(np.array([self.table.names.index(name)]), np.zeros(mask.shape, np.float32))
 
 
 def main(folder, kill_at):
+    hold = hold_policy()
+    policy = RollsBack(hold.table, hold.spec, hold.settings, None)
     from llmrl_envs.builtin import builtin_model_path, load_corpus
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -119,7 +136,7 @@ def main(folder, kill_at):
             learning_rate=1e-5, use_cpu=True, disable_tqdm=True,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-        callbacks=[ScheduleCallback("hold", snapshots="memory"), Kill(kill_at)],
+        callbacks=[ScheduleCallback(policy, snapshots="memory"), Kill(kill_at)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -128,6 +145,9 @@ def main(folder, kill_at):
     rates = [(row["step"], row["learning_rate"]) for row in trainer.state.log_history if "learning_rate" in row]
     with open(folder + ".rates", "w") as file:
         file.write(repr(rates))
+    rollbacks = [row["step"] for row in trainer.state.log_history if row.get("llmrl/event_rollback")]
+    with open(folder + ".rollbacks", "w") as file:
+        file.write(repr(rollbacks))
 
 
 if __name__ == "__main__":

@@ -406,6 +406,18 @@ def test_a_rollback_takes_weights_and_moments_back_and_moves_on_in_the_data(make
     assert session.run_interval(1, rates(job)).loss[0, 0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_rollback_turns_the_jobs_generators_back(make_job):
+    session = FineTuningSession(make_job("bert"), seed=0)
+    session.run_interval(2, rates(session.job))
+    session.mark_best()
+    kept = session.snapshot().random_state
+    session.run_interval(3, rates(session.job))
+    assert not torch.equal(session.snapshot().random_state["cpu"], kept["cpu"])
+    session.roll_back()
+    assert torch.equal(session.snapshot().random_state["cpu"], kept["cpu"])
+    assert session.step == 5
+
+
 def test_rolling_back_to_nothing_is_a_programming_error(make_job):
     with pytest.raises(ValueError, match="mark_best"):
         FineTuningSession(make_job(), seed=0).roll_back()

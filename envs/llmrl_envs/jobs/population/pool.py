@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.passes import Evaluation
 from llmrl_envs.jobs.population.members import IntervalPlan, IntervalResult, Member
 from llmrl_envs.jobs.population.session import PopulationSession
 from llmrl_envs.jobs.precision import resolve_precision
-from llmrl_envs.jobs.session import Evaluation
 from llmrl_envs.jobs.task import FineTuningTask
 
 _Value = TypeVar("_Value")

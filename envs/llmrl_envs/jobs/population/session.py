@@ -22,6 +22,7 @@ from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.statistics import TrainingStatistics, TuningMode, empty_statistics
 from llmrl_envs.jobs.batches import IGNORED
 from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.passes import Evaluation
 from llmrl_envs.jobs.population.batches import Sequences, collate_rows, interval_sequences, place_rows
 from llmrl_envs.jobs.population.best_states import BestStates
 from llmrl_envs.jobs.population.loss_scale import LossScales
@@ -34,7 +35,6 @@ from llmrl_envs.jobs.population.stack import WeightStack, grown
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.session import (
     LEVEL_NORMS,
-    Evaluation,
     current_random_state,
     own_random_state,
     seeded_random_state,

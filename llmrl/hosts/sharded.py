@@ -1,0 +1,127 @@
+"""One job of `llmrl finetune` whose model is shared out among the processes: FSDP2, or DeepSpeed up to ZeRO-2.
+
+A loop of the house's own under a `ScheduleController`, which measures, clips, skips, freezes, rolls back and decides as
+in any loop; see docs/hosts.md for what each host can do. The order of the data, the weights of micro-batches and the
+evaluations are those of `FineTuningSession`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from llmrl_envs.errors import UserError
+from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.optimizer import build_optimizer
+from llmrl_envs.jobs.passes import JobPasses, nan_unless_finite
+from llmrl_envs.jobs.precision import Precision
+from llmrl_envs.jobs.session import own_random_state, seeded_random_state
+from llmrl_envs.jobs.task import FineTuningTask
+from torch import nn
+
+from llmrl.controller import ScheduleController
+from llmrl.decisions import DecisionRecord
+from llmrl.hosts.accelerate import AcceleratorContext
+from llmrl.hosts.job import JobResult
+from llmrl.live.capabilities import find_distribution
+from llmrl.policy import SchedulePolicy
+
+
+def check_sharded_task(task: FineTuningTask, context: AcceleratorContext) -> None:
+    """Refuses what cannot be done with a model that is shared out.
+
+    Raises:
+        UserError: The task wants a loss scale of its own, or adapters under DeepSpeed.
+    """
+    if task.precision == "fp16":
+        raise UserError(
+            "a sharded job takes its loss scale from accelerate",
+            where="task.precision",
+            expected="auto, fp32 or bf16; for float16 `mixed_precision: fp16` in accelerate's configuration",
+            got="fp16",
+        )
+    if task.mode == "lora" and find_distribution(nn.Module(), context.accelerator, context.world_size) == "deepspeed":
+        raise UserError(
+            "the size of LoRA's updates cannot be measured under DeepSpeed",
+            where="task.mode",
+            expected="full under DeepSpeed, or LoRA under DDP or FSDP2",
+            got="lora",
+        )
+
+
+def run_sharded_job(
+    job: Job,
+    policy: SchedulePolicy,
+    context: AcceleratorContext,
+    *,
+    learning_rate: float,
+    seed: int,
+    settings: ScheduleSettings | None = None,
+    guarded: bool = True,
+    validate: bool = False,
+    on_decision: Callable[[DecisionRecord], None] | None = None,
+) -> JobResult:
+    """Fine-tunes to the end of the budget; arguments as for `run_job`.
+
+    The job's model is shared out from here on, and its parameters are this process's shards.
+    """
+    job.restore_initial_weights()
+    passes = JobPasses(job, seed, context, Precision(job.task.precision, job.device))
+    model, optimizer = context.prepare_sharded(job, build_optimizer(job.loaded.trainable, job.task.optimizer))
+    initial = passes.evaluate("test")
+    result = JobResult(initial, initial)
+
+    def note(record: DecisionRecord) -> None:
+        if validate:
+            found = passes.evaluate("validation")
+            record = replace(record, validation_loss=found.loss)
+            result.tokens_evaluated += found.num_tokens
+            model.train()
+        result.records.append(record)
+        if on_decision is not None:
+            on_decision(record)
+
+    controller = ScheduleController(
+        policy, settings=settings, guarded=guarded, snapshots="memory" if guarded else "auto", on_decision=note
+    )
+    began = time.perf_counter()
+    controller.attach(
+        model,
+        optimizer,
+        context.accelerator,
+        total_steps=job.task.steps,
+        max_grad_norm=job.task.optimizer.max_grad_norm,
+        base_rates=(learning_rate,) * len(optimizer.param_groups),
+    )
+    model.train()
+    with own_random_state(seeded_random_state(seed + 7919 * context.rank, job.device), job.device):
+        for step in range(job.task.steps):
+            result.tokens_trained += _train_step(step, passes, model, optimizer, controller, context.accelerator)
+    result.seconds = time.perf_counter() - began
+    result.final = passes.evaluate("test")
+    return result
+
+
+def _train_step(
+    step: int, passes: JobPasses, model: Any, optimizer: Any, controller: ScheduleController, accelerator: Any
+) -> int:
+    """One optimizer step; returns its tokens."""
+    loss, tokens = torch.zeros((), device=accelerator.device), 0
+    for batch in passes.micro_batches(step):
+        with accelerator.accumulate(model):
+            part = passes.training_loss(model, batch)
+            loss += part.detach()
+            tokens += batch.num_tokens
+            # Whoever runs the backward pass divides by the number of micro-batches, whose weights add up already.
+            accelerator.backward(nan_unless_finite(part) * accelerator.gradient_accumulation_steps)
+            if batch.last:
+                controller.before_step(loss)
+            optimizer.step()
+            if batch.last:
+                controller.after_step()
+            optimizer.zero_grad()
+    return tokens
