@@ -33,7 +33,7 @@ from llmrl.training.export import TrainedAgent, export_policy_folder
 from llmrl.training.processes import OneProcess, Processes, join_processes, process_device, process_seed
 from llmrl.training.recording import Recorder, episode_facts, loss_charts
 from llmrl.training.resuming import RunState, load_run, save_run
-from llmrl.training.setup import make_agent, make_environment, make_single_environment, schedule_language
+from llmrl.training.setup import make_agent, make_environment, make_evaluation_environment, schedule_language
 from llmrl.training.sharing import check_equal, learner_digest
 
 CONFIG_FILE, POLICY = "config.yaml", "policy"
@@ -106,13 +106,14 @@ class TrainingRun:
         rank = self.processes.rank
         env_config = _own_devices(config.env)
         self._library = JobLibrary(env_config.device) if config.env.id == FINE_TUNING_ID else None
-        self.env = make_environment(env_config, self._library)
+        num_evaluated = config.training.evaluation_episodes
+        self.env = make_environment(env_config, self._library, num_evaluated=num_evaluated)
         self.agent = make_agent(config, self.env, self.processes)
         self._evaluator = Evaluator(
-            make_single_environment(env_config, self._library),
+            make_evaluation_environment(env_config, self.env, self._library, num_evaluated),
             self.agent,
             seed=config.seed,
-            num_episodes=config.training.evaluation_episodes,
+            num_episodes=num_evaluated,
         )
         self.collector = Collector(self.env, self.agent, seed=process_seed(config.seed, rank))
         self.decisions = 0
