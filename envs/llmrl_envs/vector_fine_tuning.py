@@ -100,7 +100,7 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         if not restarts:
-            self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+            self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}  # type: ignore[misc]
         self._restarts = restarts
         self._level_norm = level_norm
         self._device = device

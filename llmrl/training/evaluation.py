@@ -48,7 +48,7 @@ class Evaluator:
     """
 
     def __init__(self, env: Environment, agent: Agent, *, seed: int, num_episodes: int) -> None:
-        self._env, self._agent = env, agent
+        self.env, self._agent = env, agent
         self._seed, self._num_episodes = seed, num_episodes
         self._language = schedule_language(env)
         self._hold: EvaluationResult | None = None
@@ -72,7 +72,7 @@ class Evaluator:
         self._hold = None if state is None else EvaluationResult(**state)
 
     def _run(self, act: Act) -> EvaluationResult:
-        return evaluate(self._env, act, seed=self._seed, num_episodes=self._num_episodes)
+        return evaluate(self.env, act, seed=self._seed, num_episodes=self._num_episodes)
 
 
 def evaluate(env: Environment, act: Act, *, seed: int, num_episodes: int) -> EvaluationResult:
@@ -111,7 +111,8 @@ def _episode(env: gymnasium.Env[Any, Any], act: Act, seed: int) -> tuple[float, 
 def _round(env: VectorEnv[Any, Any, Any], act: Act, seeds: list[int]) -> list[tuple[float, float, float]]:
     """An episode of each lane, for the first of `seeds`; lanes for which there is none repeat the last."""
     count = min(env.num_envs, len(seeds))
-    obs, infos = env.reset(seed=[*seeds[:count], *seeds[count - 1 : count] * (env.num_envs - count)])
+    every = [*seeds[:count], *seeds[count - 1 : count] * (env.num_envs - count)]
+    obs, infos = env.reset(seed=every)  # type: ignore[arg-type] # every vector environment takes one for each lane
     total, over = np.zeros(env.num_envs), np.zeros(env.num_envs, np.bool_)
     while not over[:count].all():
         actions = act(np.asarray(obs), np.asarray(infos["action_mask"], np.bool_))

@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
 from llmrl.config import FINE_TUNING_ID, EnvConfig, TrainConfig
 from llmrl.config_loading import config_to_yaml, load_config
@@ -64,9 +65,12 @@ def train(
     with join_processes(config.training.process_timeout_seconds) as processes:
         processes.first(lambda: _prepare(config, output, resume=resume))
         run = TrainingRun(config, output, processes)
-        if resume:
-            run.resume()
-        return run.run()
+        try:
+            if resume:
+                run.resume()
+            return run.run()
+        finally:
+            run.close()
 
 
 def _prepare(config: TrainConfig, output: Path, *, resume: bool) -> None:
@@ -126,6 +130,12 @@ class TrainingRun:
         self._learner_metrics: dict[str, float] = {}
         is_schedule = schedule_language(self.env) is not None
         self.recorder = Recorder(config, output, is_schedule=is_schedule, enabled=rank == 0)
+
+    def close(self) -> None:
+        """Ends the workers of populations."""
+        for env in (self.env, self._evaluator.env):
+            if isinstance(env, FineTuningVectorEnv):
+                env.close()
 
     # -- running --------------------------------------------------------------------------------------------------
 

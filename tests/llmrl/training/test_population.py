@@ -86,6 +86,8 @@ def test_each_way_of_running_several_jobs_is_what_its_name_says() -> None:
         ({"population": "auto", "vectorization": "sync"}, "population auto"),
         ({"population": 4, "vectorization": "sync", "groups": 2}, r"env\.groups"),
         ({"groups": 2}, r"env\.groups"),
+        ({"population_workers": 2}, r"env\.population_workers"),
+        ({"population": 4, "vectorization": "sync", "population_workers": 2}, r"env\.population_workers"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
