@@ -10,8 +10,8 @@ and restarts; the ratios are the median over the rounds. Reference runs are made
 GPU: the built-in model with P = 256 and a 135M-parameter Llama of random weights, LoRA in bf16, with P = 16, against
 one job after the other each; and the tokens per second of plain training of the same 135M base at the same total batch.
 
-Tables of cost over P, sequence length and model size follow, in one process, on a CPU with one thread, with bytes per
-job as `population: auto` counts them;
+Tables of cost over P, sequence length and model size follow, in one process, on a CPU with one thread; bytes of a job
+are those that `population: auto` counts;
 `--page` writes the tables between the marks of a docs page, and their picture beside it.
 
 Writes {machine, versions, rows, ratios}; ratios are {throughput_p16_vs_sequential, throughput_p16_vs_async} of the CPU
@@ -255,7 +255,9 @@ def measure_growth(folder: Path, device: str, *, quick: bool) -> list[dict[str, 
 def growth_tables(rows: list[dict[str, Any]], machine: dict[str, Any], picture: str) -> str:
     """The tables of the docs page, with a link to their picture."""
     heads = {"jobs": "P", "length": "tokens of a sequence (P = 4)", "model": "parameters (P = 4)"}
-    lines = [f"Measured on {machine['processor']}, {machine['cores']} cores, {machine['device']}; one process.", ""]
+    threads = ", one thread" if machine["device"] == "cpu" else ""
+    measured = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    lines = [f"Measured on {measured}; one process{threads}.", ""]
     for axis, head in heads.items():
         lines += [f"| {head} | mode | ms per job and step | times one by one | row, MiB | activations, MiB |"]
         lines += ["|---|---|---|---|---|---|"]
