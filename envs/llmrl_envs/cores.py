@@ -57,12 +57,12 @@ def population_workers(workers: int | str, num_envs: int, group_size: int, devic
     if workers == "auto":
         able = device.type == "cpu" and os.name == "posix" and not multiprocessing.current_process().daemon
         return max(min(usable_cores(), num_envs // LANES_PER_WORKER, most), 1) if able else 1
-    found = int(workers)
+    found = workers if isinstance(workers, int) else 0
     if found > 1 and device.type != "cpu":
         raise UserError(
             "a population has workers on a CPU only; an accelerator takes all jobs in one pass",
             expected="1 or auto",
-            got=found,
+            got=workers,
             where="workers",
         )
     if not 1 <= found <= most:
@@ -70,7 +70,7 @@ def population_workers(workers: int | str, num_envs: int, group_size: int, devic
         raise UserError(
             "the population cannot be cut into workers",
             expected=f"1 to {most}, the number of {kind}, or auto",
-            got=found,
+            got=workers,
             where="workers",
         )
     return found

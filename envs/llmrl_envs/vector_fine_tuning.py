@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -88,6 +89,8 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
                 got=groups,
                 where="groups",
             )
+        if workers != "auto":
+            population_workers(workers, num_envs, groups, torch.device("cpu"))  # what is wrong everywhere is told now
         self.num_envs = num_envs
         self.group_size = groups
         self.settings = FineTuningSettings.make(tasks, actions, observation, reward, schedule)

@@ -177,3 +177,9 @@ def test_lanes_that_do_not_restart_rest(single, library):
         last = {int(lane): infos["score"][lane] for lane in np.flatnonzero(over)}
         assert "final_obs" not in infos
     assert len(set(infos["total_steps"].tolist())) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 4, "many"])
+def test_workers_that_cannot_be_are_refused_when_the_environment_is_made(workers):
+    with pytest.raises(UserError, match="1 to 3, the number of groups, or auto"):
+        make(workers)
