@@ -25,8 +25,9 @@ from llmrl.dqn.config import FLAGS_READ, PRESETS, DQNConfig, PresetName
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
 
-_UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: ("tasks", "device", "vectorization", "groups")}
-_UNREAD_ELSEWHERE = ("tasks", "device", "vectorization", "groups", "actions", "observation", "reward", "schedule")
+_OF_JOBS = ("tasks", "device", "vectorization", "population_workers", "groups")
+_UNREAD = {FINE_TUNING_ID: ("kwargs",), NOISY_QUADRATIC_ID: _OF_JOBS}
+_UNREAD_ELSEWHERE = (*_OF_JOBS, "actions", "observation", "reward", "schedule")
 """Keys of `env` that an environment has no use for, so that giving them is a mistake."""
 
 Device: TypeAlias = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -102,6 +103,8 @@ class EnvConfig(Settings):
         population: Environments that are stepped together. For fine-tuning `auto` takes as many as fit into memory.
         vectorization: How more than one fine-tuning job runs: `population` all of them in one forward and backward
             pass, `sync` one after the other, `async` each in a process of its own.
+        population_workers: Processes that train the jobs of a population on a CPU, each with one thread; `auto` takes
+            one for each core that torch would use, but at least four jobs for each.
         groups: Jobs of a population that share task, given rate, seed and data order; the first of each group holds.
         tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere. Other keys that an environment
             does not read are refused as well.
@@ -116,6 +119,7 @@ class EnvConfig(Settings):
     id: str = Field(default=FINE_TUNING_ID, min_length=1)
     population: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     vectorization: Literal["population", "sync", "async"] = "population"
+    population_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     groups: int = Field(default=1, ge=1)
     tasks: TaskDistribution | None = None
     actions: str = Field(default="moves", min_length=1)
@@ -138,6 +142,8 @@ class EnvConfig(Settings):
             raise ValueError("env.population auto is for the population of fine-tuning jobs; otherwise give a number")
         if self.groups > 1 and (self.vectorization != "population" or self.population == 1):
             raise ValueError("env.groups needs env.vectorization population and env.population of at least as many")
+        if self.population_workers != "auto" and (self.vectorization != "population" or self.population == 1):
+            raise ValueError("env.population_workers needs env.vectorization population and env.population above 1")
         unread = _UNREAD.get(self.id, _UNREAD_ELSEWHERE)
         fields = type(self).model_fields
         changed = [

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmrl.config import Settings, TrackingConfig
-from llmrl.dry_run import TaskTrial, estimate_seconds, tasks_of, try_task
+from llmrl.dry_run import TaskTrial, estimate_seconds, population_of, tasks_of, try_task
 from llmrl.run_directory import check_writable
 from llmrl.tracking import resolve_wandb_mode
 
@@ -118,9 +118,10 @@ def _print_dry_run(console: Console, config: Settings) -> None:
         return
     library = JobLibrary(getattr(config, "device", None) or getattr(config, "env").device)  # noqa: B009
     trials = []
+    population, workers = population_of(config, library)
     for task in tasks:
         with console.status(f"trying {task.name}"):
-            trials.append(try_task(task, library))
+            trials.append(try_task(task, library, population, workers))
         _print(console, f"Task {task.name}", describe_trial(trials[-1]))
     seconds = estimate_seconds(config, tuple(trials))
     console.print(f"Estimated time of the whole command: [bold]{_duration(seconds)}[/bold]")
@@ -129,6 +130,8 @@ def _print_dry_run(console: Console, config: Settings) -> None:
 def describe_trial(trial: TaskTrial) -> dict[str, str]:
     """The trial as lines of text."""
     memory = ", ".join(f"{name} {_size(count)}" for name, count in trial.memory_bytes.items())
+    workers = f" in {trial.workers} processes" if trial.workers > 1 else ""
+    together = {"at once": f"{trial.population} jobs{workers}; times are a job's share"} if trial.population > 1 else {}
     return {
         "batch": ", ".join(f"{name} {list(shape)}" for name, shape in trial.batch_shapes.items()),
         "tokens per step": f"{trial.tokens_per_step:,.0f}",
@@ -136,6 +139,7 @@ def describe_trial(trial: TaskTrial) -> dict[str, str]:
         "precision": trial.precision,
         "memory": f"{_size(sum(trial.memory_bytes.values()))}: {memory}",
         "decisions per job": str(trial.num_decisions),
+        **together,
         "step": f"{trial.seconds_per_step:.3f} s",
         "validation pass": f"{trial.seconds_per_evaluation:.3f} s",
         "steps of a job": _duration(trial.job_seconds),

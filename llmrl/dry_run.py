@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from llmrl_envs.cores import population_workers
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.schedule import Schedule, decision_intervals
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.population.members import IntervalPlan
+from llmrl_envs.jobs.population.session import PopulationSession
 from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
 from llmrl.compare.names import ALWAYS_RATE_INDEPENDENT, METHOD_NAMES, NUM_JOBS, POLICY_NAMES, SEARCH_TRIALS
 from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
+from llmrl.training.population import fitting_population
 
 NUM_TIMED_STEPS = 3
 _TUNED = 0.0
@@ -41,6 +45,8 @@ class TaskTrial:
         seconds_per_step: Wall time of an optimizer step.
         seconds_per_evaluation: Wall time of one pass over the validation subset.
         job_seconds: Estimated wall time of the job's steps.
+        population: Jobs that are trained at once; the times are a job's share of them.
+        workers: Processes that train these.
     """
 
     name: str
@@ -54,10 +60,18 @@ class TaskTrial:
     seconds_per_step: float
     seconds_per_evaluation: float
     job_seconds: float
+    population: int = 1
+    workers: int = 1
 
 
-def try_task(task: FineTuningTask, library: JobLibrary) -> TaskTrial:
+def try_task(task: FineTuningTask, library: JobLibrary, population: int = 1, workers: int = 1) -> TaskTrial:
     """Loads a task and trains it for a few steps at a rate that changes next to nothing.
+
+    Args:
+        task: The task.
+        library: Loads models and data.
+        population: Jobs that are trained at once.
+        workers: Processes that train them; one's part is timed.
 
     Raises:
         UserError: Model or data cannot be loaded or do not fit the task.
@@ -76,6 +90,8 @@ def try_task(task: FineTuningTask, library: JobLibrary) -> TaskTrial:
     before = time.perf_counter()
     session.evaluate("validation")
     evaluation_seconds = time.perf_counter() - before
+    if population > 1:
+        step_seconds, evaluation_seconds = _population_seconds(job, population, workers)
     return TaskTrial(
         name=task.name,
         precision=session.precision.name,
@@ -88,7 +104,44 @@ def try_task(task: FineTuningTask, library: JobLibrary) -> TaskTrial:
         seconds_per_step=step_seconds,
         seconds_per_evaluation=evaluation_seconds,
         job_seconds=task.steps * step_seconds,
+        population=population,
+        workers=workers,
     )
+
+
+def population_of(config: Settings, library: JobLibrary) -> tuple[int, int]:
+    """Jobs that a training runs at once, and its workers; (1, 1) of any other command.
+
+    Args:
+        config: The configuration.
+        library: Loads models and data, where the number follows from the memory.
+    """
+    if not isinstance(config, TrainConfig) or config.env.population == 1 or config.env.vectorization != "population":
+        return 1, 1
+    env = config.env
+    size = fitting_population(env, library) if env.population == "auto" else env.population
+    return size, population_workers(env.population_workers, size, env.groups, library.device)
+
+
+def _population_seconds(job: Job, population: int, workers: int) -> tuple[float, float]:
+    """A job's share of the wall time of an optimizer step and of a pass over the validation subset."""
+    lanes, threads = -(-population // workers), torch.get_num_threads()
+    try:
+        if workers > 1:
+            torch.set_num_threads(1)
+        session = PopulationSession(job)
+        session.reserve(lanes)
+        members = [session.add(job, seed) for seed in range(lanes)]
+        plans = [IntervalPlan(member, np.full(NUM_TIMED_STEPS, GENTLE_RATE), 1.0) for member in members]
+        begun = time.perf_counter()
+        session.run_interval(plans)
+        _wait(job.device)
+        trained = time.perf_counter()
+        session.evaluate(members, "validation")
+        evaluated = time.perf_counter()
+    finally:
+        torch.set_num_threads(threads)
+    return (trained - begun) / NUM_TIMED_STEPS / population, (evaluated - trained) / population
 
 
 def tasks_of(config: Settings) -> tuple[FineTuningTask, ...]:

@@ -2,15 +2,16 @@
 
     python scripts/bench_population.py --output population.json [--quick] [--page docs/population.md]
 
-CPU, with the built-in model in jobs of the quickstart's shape: 16 lanes of `FineTuningVectorEnv` on all cores, the same
-jobs in one `FineTuningEnv` on all cores, and in `AsyncVectorEnv` with two single-threaded workers; decisions taken in
-turn, the median of the rounds' ratios. Throughput is optimizer steps per second with everything that an episode costs
-(evaluation, statistics, restarts); reference runs are made before.
+CPU, with the built-in model in jobs of the quickstart's shape: `FineTuningVectorEnv` with 16 lanes as it comes, one
+`FineTuningEnv` with one thread or one for each core, whichever is faster, and `AsyncVectorEnv` with two single-threaded
+workers. In each round each of them runs the same 16 jobs from beginning to end, with the same decisions, evaluations
+and restarts; the ratios are the median over the rounds. Reference runs are made before.
 
 GPU: the built-in model with P = 256 and a 135M-parameter Llama of random weights, LoRA in bf16, with P = 16, against
 one job after the other each; and the tokens per second of plain training of the same 135M base at the same total batch.
 
-Tables of cost over P, sequence length and model size follow, with bytes per job as `population: auto` counts them;
+Tables of cost over P, sequence length and model size follow, in one process, on a CPU with one thread; bytes of a job
+are those that `population: auto` counts;
 `--page` writes the tables between the marks of a docs page, and their picture beside it.
 
 Writes {machine, versions, rows, ratios}; ratios are {throughput_p16_vs_sequential, throughput_p16_vs_async} of the CPU
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarking import describe_machine, describe_versions, median_ratio, write_report
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from llmrl_envs.builtin import builtin_model_path
 from llmrl_envs.fine_tuning import FineTuningEnv
 from llmrl_envs.jobs.loading import Job, JobLibrary
@@ -53,58 +54,39 @@ PAGE_MARKS = ("<!-- tables: begin -->\n", "<!-- tables: end -->\n")
 
 
 class Runner:
-    """A way of running jobs, holding throughout.
+    """A way of running jobs, holding throughout; one after the other in each lane, whole jobs only.
 
     Args:
-        step: Takes one decision in every lane; returns the optimizer steps that it took.
+        env: A vector environment that begins anew in the same step, or a single one.
+        num_threads: Threads of torch in this process while it runs.
     """
 
-    def __init__(self, step: Callable[[], int]) -> None:
-        self._step = step
+    def __init__(self, env: Any, num_threads: int) -> None:
+        self._env, self._threads = env, num_threads
+        self._lanes = env.num_envs if isinstance(env, VectorEnv) else None
+        env.reset(seed=0)
 
-    def speed(self, seconds: float) -> float:
-        """Optimizer steps per second over at least so long."""
-        steps, began = 0, time.perf_counter()
-        while (passed := time.perf_counter() - began) < seconds:
-            steps += self._step()
-        return steps / passed
+    def seconds(self, num_jobs: int) -> float:
+        """Wall time of so many jobs, a multiple of the lanes, from their beginning to the last one's end."""
+        torch.set_num_threads(self._threads)
+        began, steps, left = time.perf_counter(), 0, num_jobs
+        while left:
+            ended = self._step()
+            left, steps = left - len(ended), steps + sum(ended)
+        if left < 0 or steps != num_jobs * TASK["steps"]:
+            raise RuntimeError(f"expected {num_jobs} whole jobs of {TASK['steps']} steps, got {steps} steps")
+        return time.perf_counter() - began
 
-
-def _steps_of(infos: dict[str, Any], before: np.ndarray) -> tuple[int, np.ndarray]:
-    """Optimizer steps since `before`; a lane that began anew had done its last interval."""
-    ended = np.asarray(infos.get("_final_info", np.zeros(len(before), bool)))
-    reached = np.where(ended, infos["final_info"]["step"], infos["step"]) if ended.any() else infos["step"]
-    return int((reached - before).sum()), infos["step"].copy()
-
-
-def vector_runner(env: Any, seed: int) -> Runner:
-    """All lanes of a vector environment."""
-    _, infos = env.reset(seed=seed)
-    position, actions = infos["step"].copy(), np.full(env.num_envs, 2)
-
-    def step() -> int:
-        nonlocal position
-        *_, infos = env.step(actions)
-        steps, position = _steps_of(infos, position)
-        return steps
-
-    return Runner(step)
-
-
-def single_runner(env: FineTuningEnv) -> Runner:
-    """One job after the other."""
-    _, info = env.reset(seed=0)
-
-    def step() -> int:
-        nonlocal info
-        before = info["step"]
-        _, _, terminated, _, info = env.step(2)
-        steps = info["step"] - before
-        if terminated:
-            _, info = env.reset()
-        return int(steps)
-
-    return Runner(step)
+    def _step(self) -> list[int]:
+        """One decision in every lane; the optimizer steps of the jobs that ended with it."""
+        hold = 2
+        if self._lanes is None:
+            _, _, terminated, _, info = self._env.step(hold)
+            if terminated:
+                self._env.reset()
+            return [int(info["step"])] if terminated else []
+        *_, terminations, _, infos = self._env.step(np.full(self._lanes, hold))
+        return [int(step) for step in infos["final_info"]["step"][terminations]] if terminations.any() else []
 
 
 def _single_threaded() -> FineTuningEnv:
@@ -113,38 +95,48 @@ def _single_threaded() -> FineTuningEnv:
 
 
 def _tasks() -> dict[str, Any]:
-    return {"tasks": [TASK], "num_seeds": 2}
+    # One seed: one reference run, made before anything is measured.
+    return {"tasks": [TASK], "num_seeds": 1}
 
 
-def measure_environments(num_rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Population, one by one and two processes, in turn."""
-    library = JobLibrary("cpu")
-    population = FineTuningVectorEnv(NUM_LANES, _tasks(), actions="moves_only", device="cpu", library=library)
+def measure_environments(num_rounds: int, num_cores: int) -> list[dict[str, Any]]:
+    """Population, one by one and two processes in turn: the same jobs in each round."""
     processes = AsyncVectorEnv([_single_threaded] * NUM_WORKERS, autoreset_mode=AutoresetMode.SAME_STEP)
-    single = FineTuningEnv(_tasks(), actions="moves_only", device="cpu", library=library)
+    torch.set_num_threads(num_cores)
+    population = FineTuningVectorEnv(NUM_LANES, _tasks(), actions="moves_only", device="cpu")
+    single = FineTuningEnv(_tasks(), actions="moves_only", device="cpu")
+    alone = {threads: Runner(single, threads) for threads in sorted({1, num_cores})}
+    trial = {threads: (runner.seconds(1), runner.seconds(2))[1] for threads, runner in alone.items()}
+    fastest = min(trial, key=lambda threads: trial[threads])
     runners = {
-        "population": vector_runner(population, 0),
-        "sequential": single_runner(single),
-        "async": vector_runner(processes, 0),
+        "population": Runner(population, num_cores),
+        "sequential": alone[fastest],
+        "async": Runner(processes, num_cores),
     }
-    for runner in runners.values():
-        runner.speed(seconds / 2)
-    speeds: dict[str, list[float]] = {name: [] for name in runners}
+    for name in ("population", "async"):
+        runners[name].seconds(NUM_LANES)
+    times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(num_rounds):
         for name, runner in runners.items():
-            speeds[name].append(runner.speed(seconds))
+            times[name].append(runner.seconds(NUM_LANES))
+    lanes = {"population": NUM_LANES, "sequential": 1, "async": NUM_WORKERS}
+    used = {"population": population.num_workers, "sequential": 1, "async": NUM_WORKERS}
+    population.close()
     processes.close(terminate=True)
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "lanes": {"population": NUM_LANES, "sequential": 1, "async": NUM_WORKERS}[name],
-            "steps_per_second": float(np.median(found)),
-            "jobs_per_second": float(np.median(found)) / TASK["steps"],
+            "lanes": lanes[name],
+            "processes": used[name],
+            "threads": fastest if name == "sequential" else 1,
+            "seconds": found,
+            "jobs_per_second": NUM_LANES / float(np.median(found)),
+            "steps_per_second": NUM_LANES * TASK["steps"] / float(np.median(found)),
         }
-        for name, found in speeds.items()
+        for name, found in times.items()
     ]
     for other in ("sequential", "async"):
-        ratio, low, high = median_ratio(np.array(speeds["population"]), np.array(speeds[other]))
+        ratio, low, high = median_ratio(np.array(times[other]), np.array(times["population"]))
         rows.append({"name": f"ratio_{other}", "ratio": ratio, "ci_low": low, "ci_high": high})
     return rows
 
@@ -263,7 +255,9 @@ def measure_growth(folder: Path, device: str, *, quick: bool) -> list[dict[str, 
 def growth_tables(rows: list[dict[str, Any]], machine: dict[str, Any], picture: str) -> str:
     """The tables of the docs page, with a link to their picture."""
     heads = {"jobs": "P", "length": "tokens of a sequence (P = 4)", "model": "parameters (P = 4)"}
-    lines = [f"Measured on {machine['processor']}, {machine['cores']} cores, {machine['device']}.", ""]
+    threads = ", one thread" if machine["device"] == "cpu" else ""
+    measured = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    lines = [f"Measured on {measured}; one process{threads}.", ""]
     for axis, head in heads.items():
         lines += [f"| {head} | mode | ms per job and step | times one by one | row, MiB | activations, MiB |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -307,9 +301,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--page", type=Path, help="docs page whose tables and picture are written")
     arguments = parser.parse_args()
-    torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    num_cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_cores)
     machine, quick = describe_machine(), arguments.quick
-    rows = measure_environments(5 if quick else 15, 3.0 if quick else 8.0)
+    rows = measure_environments(3 if quick else 10, num_cores)
     by_name = {row["name"]: row for row in rows}
     ratios = {
         "throughput_p16_vs_sequential": by_name["ratio_sequential"]["ratio"],
@@ -321,6 +316,7 @@ def main() -> None:
             rows, ratios = rows + more, ratios | of_gpu
         if arguments.page is not None or not quick:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+            torch.set_num_threads(1 if device == "cpu" else num_cores)
             rows += measure_growth(Path(folder), device, quick=quick)
     if arguments.page is not None:
         picture = arguments.page.with_suffix(".png")

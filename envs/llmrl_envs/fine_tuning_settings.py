@@ -15,7 +15,7 @@ from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
-from llmrl_envs.jobs.task import SampledTask, TaskDistribution
+from llmrl_envs.jobs.task import FineTuningTask, SampledTask, TaskDistribution
 
 DEFAULT_TASKS: dict[str, Any] = {
     "tasks": [{"name": "builtin-json", "data": "builtin:json", "steps": 60, "max_length": 64}],
@@ -107,3 +107,22 @@ class DrawnJob:
     sampled: SampledTask
     hidden: NDArray[np.bool_]
     shows_validation: bool
+
+    def state(self) -> dict[str, Any]:
+        """The job as JSON values."""
+        sampled = self.sampled
+        return {
+            "task": sampled.task.model_dump(mode="json"),
+            "task_index": sampled.task_index,
+            "learning_rate": sampled.learning_rate,
+            "seed": sampled.seed,
+            "hidden": self.hidden.tolist(),
+            "shows_validation": self.shows_validation,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> DrawnJob:
+        """The job that `state` told of."""
+        task = FineTuningTask.model_validate(state["task"])
+        sampled = SampledTask(task, int(state["task_index"]), float(state["learning_rate"]), int(state["seed"]))
+        return cls(sampled, np.array(state["hidden"], np.bool_), bool(state["shows_validation"]))

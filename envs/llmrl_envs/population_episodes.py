@@ -1,9 +1,12 @@
-"""Episodes of a population of fine-tuning jobs: steering, jobs and rewards kept in step. Resets no lane by itself."""
+"""Episodes of a population of fine-tuning jobs: steering, jobs and rewards kept in step. Resets no lane by itself.
+
+A lane whose episode is over rests until a job is begun in it: it trains nothing, is paid nothing and stays terminated.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +43,10 @@ class StepResult:
     reward: Floats
     terminated: Booleans
     events: dict[str, NDArray[Any]]
+
+
+_NOTHING = IntervalResult(np.zeros(0), np.zeros(0), math.nan, math.nan, math.nan, math.nan)
+"""Of a lane that rests."""
 
 
 @dataclass
@@ -111,7 +118,7 @@ class PopulationEpisodes:
 
     def lacks_reference(self, drawn: Sequence[DrawnJob]) -> bool:
         """Whether a reference run of one of these jobs has not been made."""
-        keys = [reference_key(self._library.job(d.sampled.task), d.sampled.seed) for d in drawn]
+        keys = [reference_key(d.sampled.task, d.sampled.seed) for d in drawn]
         return any(key not in self._library.curves for key in keys)
 
     def make_references(self, drawn: Sequence[DrawnJob]) -> None:
@@ -146,7 +153,7 @@ class PopulationEpisodes:
     def _new_lane(self, drawn: DrawnJob) -> _Lane:
         sampled, spec = drawn.sampled, self._settings.reward_spec
         job = self._library.job(sampled.task)
-        curve = self._library.curves[reference_key(job, sampled.seed)]
+        curve = self._library.curves[reference_key(sampled.task, sampled.seed)]
         account = EpisodeAccount(spec, curve, sampled.task.steps)
         average_steps = spec.average_steps(account.intervals)
         member = self.pool.add(job, sampled.seed, average_steps=average_steps)
@@ -168,24 +175,29 @@ class PopulationEpisodes:
     # -- stepping -------------------------------------------------------------------------------------------------
 
     def step(self, actions: Integers) -> StepResult:
-        """Carries out one action in each lane and trains for one interval."""
+        """Carries out one action in each lane that does not rest and trains it for one interval."""
         schedule, lanes = self._steering.schedule, [self._lane(lane) for lane in range(self.num_envs)]
+        going = np.array([not lane.account.is_over for lane in lanes])
         if np.shape(actions) == self._holds.shape:
-            actions = np.where(self._holds, self._settings.table.hold, actions)
+            actions = np.where(self._holds | ~going, self._settings.table.hold, actions)
         before = (schedule.level, schedule.frozen.copy(), schedule.tight.copy())
         self._action, rollback = self._steering.apply(actions)
         after = (schedule.level, schedule.frozen, schedule.tight)
         switched = np.any([old != new for old, new in zip(before, after, strict=True)], axis=0)
         self.pool.roll_back([lane.member for lane, back in zip(lanes, rollback, strict=True) if back])
         plans = self._plans(lanes)
-        results = self.pool.run_interval(plans)
+        trained = iter(self.pool.run_interval([plan for plan, goes in zip(plans, going, strict=True) if goes]))
+        results = [next(trained) if goes else _NOTHING for goes in going]
         log_losses = self._measure(lanes)
         statistics = self._statistics(lanes, plans, results, log_losses)
         update = self._steering.observe(statistics)
-        self.pool.mark_best([lane.member for lane, best in zip(lanes, update.at_best, strict=True) if best])
-        schedule.has_snapshot |= update.at_best
+        at_best = update.at_best & going
+        self.pool.mark_best([lane.member for lane, best in zip(lanes, at_best, strict=True) if best])
+        schedule.has_snapshot |= at_best
         reward = [
             lane.account.settle(loss, switched=bool(switched[index]), rolled_back=bool(rollback[index]))
+            if going[index]
+            else 0.0
             for index, (lane, loss) in enumerate(zip(lanes, log_losses, strict=True))
         ]
         terminated = np.array([lane.account.is_over for lane in lanes])
@@ -198,7 +210,7 @@ class PopulationEpisodes:
 
     def _plans(self, lanes: Sequence[_Lane]) -> list[IntervalPlan]:
         schedule = self._steering.schedule
-        lengths = [lane.account.num_steps for lane in lanes]
+        lengths = [1 if lane.account.is_over else lane.account.num_steps for lane in lanes]
         places: Integers = np.arange(max(lengths))
         rates = schedule.learning_rate(schedule.step + places[:, None])
         tightening = schedule.clipping_factor()
@@ -215,9 +227,10 @@ class PopulationEpisodes:
     def _measure(self, lanes: Sequence[_Lane]) -> list[float]:
         """Log validation losses that rewards are made of; the deployed weights count at the end of a job."""
         averaging = self._settings.reward_spec.average_intervals > 0
-        averaged = [averaging and not lane.account.is_last for lane in lanes]
-        found = self.pool.evaluate([lane.member for lane in lanes], "validation", averaged)
-        losses = [evaluation.loss for evaluation in found]
+        going = [lane for lane in lanes if not lane.account.is_over]
+        averaged = [averaging and not lane.account.is_last for lane in going]
+        found = iter(self.pool.evaluate([lane.member for lane in going], "validation", averaged))
+        losses = [lane.account.validation_loss if lane.account.is_over else next(found).loss for lane in lanes]
         return [math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf for loss in losses]
 
     def _statistics(
@@ -283,30 +296,21 @@ class PopulationEpisodes:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self, drawn_state: Callable[[DrawnJob], dict[str, Any]]) -> dict[str, Any]:
-        """Where every episode stands: JSON values and NumPy arrays.
-
-        Args:
-            drawn_state: Tells a drawn job as JSON values.
-        """
+    def state_dict(self) -> dict[str, Any]:
+        """Where every episode stands: JSON values and NumPy arrays."""
         lanes = [self._lane(lane) for lane in range(self.num_envs)]
         return {
-            "lanes": [{"drawn": drawn_state(lane.drawn), "account": lane.account.state_dict()} for lane in lanes],
+            "lanes": [{"drawn": lane.drawn.state(), "account": lane.account.state_dict()} for lane in lanes],
             "action": self._action.copy(),
             "steering": self._steering.state_dict(),
             "curves": {key: list(curve) for key, curve in self._library.curves.items()},
             "pool": self.pool.state_dict({lane.member: index for index, lane in enumerate(lanes)}),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], drawn_from: Callable[[Mapping[str, Any]], DrawnJob]) -> None:
-        """Goes on where `state_dict` was called.
-
-        Args:
-            state: What it gave.
-            drawn_from: Undoes `drawn_state`.
-        """
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was called."""
         self._library.curves.update({key: tuple(curve) for key, curve in state["curves"].items()})
-        drawn = [drawn_from(saved["drawn"]) for saved in state["lanes"]]
+        drawn = [DrawnJob.from_state(saved["drawn"]) for saved in state["lanes"]]
         tasks = {index: (job.sampled.task, job.sampled.seed) for index, job in enumerate(drawn)}
         members = self.pool.load_state_dict(state["pool"], tasks)
         spec = self._settings.reward_spec

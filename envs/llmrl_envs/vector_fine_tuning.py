@@ -2,6 +2,9 @@
 
 Equal to P `FineTuningEnv`s of the same seeds and actions up to the rounding of float32; docs/population.md says what is
 exact. A lane whose job ends begins a newly drawn one in the same step.
+
+On a CPU the lanes are cut into parts that worker processes train side by side, one for each core that this process may
+use; `population_workers` has the rule.
 """
 
 from __future__ import annotations
@@ -11,17 +14,20 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmrl_envs.cores import population_workers
 from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning_settings import DrawnJob, FineTuningSettings
 from llmrl_envs.jobs.loading import JobLibrary
-from llmrl_envs.jobs.task import FineTuningTask, SampledTask, TaskDistribution
+from llmrl_envs.jobs.task import SampledTask, TaskDistribution
 from llmrl_envs.population_episodes import PopulationEpisodes, StepResult
+from llmrl_envs.population_workers import PopulationWorkers, num_saved_workers
 
 Info = dict[str, Any]
 
@@ -46,9 +52,11 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         library: Loaded models and data to share with other environments of the process.
         groups: Lanes that share task, given rate, seed, data order and withheld features: each run of so many
             neighbours is a group, and its first lane a reference that always holds. P must be a multiple. 1: no groups.
+        workers: Processes that train the jobs, or "auto": what the cores allow and pays; on a GPU one.
+        restarts: False: a lane whose episode ends rests until the next reset (`AutoresetMode.DISABLED`).
 
     Raises:
-        UserError: A setting is out of range, or `groups` does not divide P.
+        UserError: A setting is out of range, `groups` does not divide P, or there cannot be so many workers.
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
@@ -69,6 +77,8 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         device: str = "auto",
         library: JobLibrary | None = None,
         groups: int = 1,
+        workers: int | str = "auto",
+        restarts: bool = True,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
@@ -79,6 +89,8 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
                 got=groups,
                 where="groups",
             )
+        if workers != "auto":
+            population_workers(workers, num_envs, groups, torch.device("cpu"))  # what is wrong everywhere is told now
         self.num_envs = num_envs
         self.group_size = groups
         self.settings = FineTuningSettings.make(tasks, actions, observation, reward, schedule)
@@ -90,12 +102,16 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         self.single_observation_space, self.single_action_space = self.settings.spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        if not restarts:
+            self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}  # type: ignore[misc]
+        self._restarts = restarts
         self._level_norm = level_norm
         self._device = device
         self._library = library
+        self._workers = workers
         self._generators: list[np.random.Generator] = []
         self._upcoming: list[list[DrawnJob]] = [[] for _ in range(num_envs)]
-        self._episodes: PopulationEpisodes | None = None
+        self._episodes: PopulationEpisodes | PopulationWorkers | None = None
         self._running = False
 
     # -- gymnasium ------------------------------------------------------------------------------------------------
@@ -137,7 +153,7 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         episodes = self._episodes_now()
         result = episodes.step(np.asarray(actions))
         everywhere = np.ones(self.num_envs, np.bool_)
-        info = self._finish(result) if result.terminated.any() else {}
+        info = self._finish(result) if self._restarts and result.terminated.any() else {}
         info |= _with_masks(episodes.info(), everywhere)
         info["events"] = _with_masks(result.events, everywhere)
         info["_events"] = everywhere.copy()
@@ -145,11 +161,18 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
 
     def close_extras(self, **kwargs: Any) -> None:
         """Lets go of models and data."""
-        self._episodes = self._library = None
+        self._end_episodes()
+        self._library = None
         self._running = False
 
+    @property
+    def num_workers(self) -> int:
+        """Processes that train the jobs; 1 is this one."""
+        episodes = self._episodes_now()
+        return episodes.num_workers if isinstance(episodes, PopulationWorkers) else 1
+
     def parameters(self, lane: int) -> dict[str, Tensor]:
-        """The trained parameters of a lane's job by name, as views that the next step changes."""
+        """The trained parameters of a lane's job by name; without workers, views that the next step changes."""
         return self._episodes_now().parameters(lane)
 
     def rehearse(self) -> int:
@@ -205,20 +228,36 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         """Begins jobs; where a reference run is missing, those of every lane's next job are made with it."""
         episodes = self._episodes_now()
         if episodes.lacks_reference(drawn):
-            for lane in range(0, self.num_envs, self.group_size):
+            for lane in range(0, self.num_envs if self._restarts else 0, self.group_size):
                 if not self._upcoming[lane]:
                     self._upcoming[lane].append(self.settings.draw(self._generators[lane]))
             episodes.make_references([*drawn, *(jobs[0] for jobs in self._upcoming if jobs)])
         return episodes.begin(lanes, drawn)
 
-    def _episodes_now(self) -> PopulationEpisodes:
+    def _episodes_now(self) -> PopulationEpisodes | PopulationWorkers:
         if self._episodes is None:
-            if self._library is None:
-                self._library = JobLibrary(self._device)
-            self._episodes = PopulationEpisodes(
-                self.num_envs, self.settings, self._library, level_norm=self._level_norm, group_size=self.group_size
+            device = self._library_now().device
+            self._episodes = self._make_episodes(
+                population_workers(self._workers, self.num_envs, self.group_size, device)
             )
         return self._episodes
+
+    def _library_now(self) -> JobLibrary:
+        if self._library is None:
+            self._library = JobLibrary(self._device)
+        return self._library
+
+    def _make_episodes(self, num_workers: int) -> PopulationEpisodes | PopulationWorkers:
+        common = (self.num_envs, self.settings, self._library_now())
+        named: dict[str, Any] = {"level_norm": self._level_norm, "group_size": self.group_size}
+        if num_workers > 1:
+            return PopulationWorkers(*common, num_workers, **named)
+        return PopulationEpisodes(*common, **named)
+
+    def _end_episodes(self) -> None:
+        if isinstance(self._episodes, PopulationWorkers):
+            self._episodes.close()
+        self._episodes = None
 
     def _seed_lanes(self, seed: int | Sequence[int | None] | None) -> bool:
         """Seeds the lanes' generators; whether there are new ones."""
@@ -244,19 +283,26 @@ class FineTuningVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDAr
         """Everything that the following steps and episodes depend on: JSON values and NumPy arrays."""
         return {
             "generators": [generator.bit_generator.state for generator in self._generators],
-            "upcoming": [[_drawn_state(drawn) for drawn in jobs] for jobs in self._upcoming],
-            "episodes": self._episodes_now().state_dict(_drawn_state),
+            "upcoming": [[drawn.state() for drawn in jobs] for jobs in self._upcoming],
+            "episodes": self._episodes_now().state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was called, bit for bit on a CPU with the same number of threads."""
+        """Goes on where `state_dict` was called, in as many workers as there were.
+
+        Bit for bit on a CPU; without workers with the same number of threads.
+        """
         if len(state["generators"]) != self.num_envs:
             raise ValueError(f"state: expected {self.num_envs} environments, got {len(state['generators'])}")
         self._seed_lanes(0)
         for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
-        self._upcoming = [[_drawn_from(saved) for saved in jobs] for jobs in state["upcoming"]]
-        self._episodes_now().load_state_dict(state["episodes"], _drawn_from)
+        self._upcoming = [[DrawnJob.from_state(saved) for saved in jobs] for jobs in state["upcoming"]]
+        num_workers = num_saved_workers(state["episodes"])
+        if self._episodes is None or self.num_workers != num_workers:
+            self._end_episodes()
+            self._episodes = self._make_episodes(num_workers)
+        self._episodes.load_state_dict(state["episodes"])
         self._running = True
 
 
@@ -273,21 +319,3 @@ def _given_jobs(options: Mapping[str, Any] | None, num_envs: int) -> list[Sample
 def _with_masks(facts: Info, lanes: NDArray[np.bool_]) -> Info:
     """Gymnasium's convention for vector infos: beside each key, `_key` says which lanes have it."""
     return {name: value for key, fact in facts.items() for name, value in ((key, fact), (f"_{key}", lanes.copy()))}
-
-
-def _drawn_state(drawn: DrawnJob) -> dict[str, Any]:
-    sampled = drawn.sampled
-    return {
-        "task": sampled.task.model_dump(mode="json"),
-        "task_index": sampled.task_index,
-        "learning_rate": sampled.learning_rate,
-        "seed": sampled.seed,
-        "hidden": drawn.hidden.tolist(),
-        "shows_validation": drawn.shows_validation,
-    }
-
-
-def _drawn_from(state: Mapping[str, Any]) -> DrawnJob:
-    task = FineTuningTask.model_validate(state["task"])
-    sampled = SampledTask(task, int(state["task_index"]), float(state["learning_rate"]), int(state["seed"]))
-    return DrawnJob(sampled, np.array(state["hidden"], np.bool_), bool(state["shows_validation"]))

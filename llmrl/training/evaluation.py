@@ -8,11 +8,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import Agent
 from llmrl.dqn.lanes import episode_seed
-from llmrl.training.setup import schedule_language
+from llmrl.training.setup import Environment, schedule_language
 
 EVALUATION_STREAM = 1_000_003
 """Added to the run's seed, so that no evaluation job is a training job."""
@@ -40,14 +41,14 @@ class Evaluator:
     """Greedy episodes of an agent; for schedules beside holding on the same jobs.
 
     Args:
-        env: A single environment.
+        env: A single environment, or a vector environment whose lanes rest when their episode is over.
         agent: Whose policy it is.
         seed: The run's seed.
         num_episodes: Episodes of one evaluation.
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any], agent: Agent, *, seed: int, num_episodes: int) -> None:
-        self._env, self._agent = env, agent
+    def __init__(self, env: Environment, agent: Agent, *, seed: int, num_episodes: int) -> None:
+        self.env, self._agent = env, agent
         self._seed, self._num_episodes = seed, num_episodes
         self._language = schedule_language(env)
         self._hold: EvaluationResult | None = None
@@ -58,7 +59,7 @@ class Evaluator:
         if self._language is not None:
             hold = self._language[0].hold
             if self._hold is None:
-                self._hold = self._run(lambda obs, mask: np.array([hold]))
+                self._hold = self._run(lambda obs, mask: np.full(len(obs), hold))
             values["hold_score"] = self._hold.score
         return values
 
@@ -71,19 +72,24 @@ class Evaluator:
         self._hold = None if state is None else EvaluationResult(**state)
 
     def _run(self, act: Act) -> EvaluationResult:
-        return evaluate(self._env, act, seed=self._seed, num_episodes=self._num_episodes)
+        return evaluate(self.env, act, seed=self._seed, num_episodes=self._num_episodes)
 
 
-def evaluate(env: gymnasium.Env[Any, Any], act: Act, *, seed: int, num_episodes: int) -> EvaluationResult:
+def evaluate(env: Environment, act: Act, *, seed: int, num_episodes: int) -> EvaluationResult:
     """Runs the same episodes for every call with the same seed.
 
     Args:
-        env: A single environment; its episodes are reset with seeds of their own.
-        act: Actions int64[1] for observations [1, ...] and masks bool[1, A].
+        env: A single environment, or a vector environment whose lanes rest when their episode is over; episodes are
+            reset with seeds of their own.
+        act: Actions int64[E] for observations [E, ...] and masks bool[E, A].
         seed: The run's seed.
         num_episodes: Episodes.
     """
-    rows = [_episode(env, act, episode_seed(seed + EVALUATION_STREAM, index)) for index in range(num_episodes)]
+    seeds = [episode_seed(seed + EVALUATION_STREAM, index) for index in range(num_episodes)]
+    if isinstance(env, VectorEnv):
+        rows = [row for first in range(0, num_episodes, env.num_envs) for row in _round(env, act, seeds[first:])]
+    else:
+        rows = [_episode(env, act, own) for own in seeds]
     means = np.array(rows).mean(axis=0)
     return EvaluationResult(*(float(value) for value in means))
 
@@ -100,3 +106,18 @@ def _episode(env: gymnasium.Env[Any, Any], act: Act, seed: int) -> tuple[float, 
         total += float(reward)
         over = bool(terminated or truncated)
     return total, float(info.get("score", total)), float(info.get("diverged", False))
+
+
+def _round(env: VectorEnv[Any, Any, Any], act: Act, seeds: list[int]) -> list[tuple[float, float, float]]:
+    """An episode of each lane, for the first of `seeds`; lanes for which there is none repeat the last."""
+    count = min(env.num_envs, len(seeds))
+    every = [*seeds[:count], *seeds[count - 1 : count] * (env.num_envs - count)]
+    obs, infos = env.reset(seed=every)  # type: ignore[arg-type] # every vector environment takes one for each lane
+    total, over = np.zeros(env.num_envs), np.zeros(env.num_envs, np.bool_)
+    while not over[:count].all():
+        actions = act(np.asarray(obs), np.asarray(infos["action_mask"], np.bool_))
+        obs, rewards, terminations, truncations, infos = env.step(actions)
+        total += np.where(over, 0.0, rewards)
+        over |= terminations | truncations
+    ended = zip(total, infos["score"], infos["diverged"], strict=True)
+    return [(float(paid), float(score), float(diverged)) for paid, score, diverged in ended][:count]

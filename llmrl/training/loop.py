@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
 from llmrl.config import FINE_TUNING_ID, EnvConfig, TrainConfig
 from llmrl.config_loading import config_to_yaml, load_config
@@ -33,7 +34,7 @@ from llmrl.training.export import TrainedAgent, export_policy_folder
 from llmrl.training.processes import OneProcess, Processes, join_processes, process_device, process_seed
 from llmrl.training.recording import Recorder, episode_facts, loss_charts
 from llmrl.training.resuming import RunState, load_run, save_run
-from llmrl.training.setup import make_agent, make_environment, make_single_environment, schedule_language
+from llmrl.training.setup import make_agent, make_environment, make_evaluation_environment, schedule_language
 from llmrl.training.sharing import check_equal, learner_digest
 
 CONFIG_FILE, POLICY = "config.yaml", "policy"
@@ -64,9 +65,12 @@ def train(
     with join_processes(config.training.process_timeout_seconds) as processes:
         processes.first(lambda: _prepare(config, output, resume=resume))
         run = TrainingRun(config, output, processes)
-        if resume:
-            run.resume()
-        return run.run()
+        try:
+            if resume:
+                run.resume()
+            return run.run()
+        finally:
+            run.close()
 
 
 def _prepare(config: TrainConfig, output: Path, *, resume: bool) -> None:
@@ -106,13 +110,14 @@ class TrainingRun:
         rank = self.processes.rank
         env_config = _own_devices(config.env)
         self._library = JobLibrary(env_config.device) if config.env.id == FINE_TUNING_ID else None
-        self.env = make_environment(env_config, self._library)
+        num_evaluated = config.training.evaluation_episodes
+        self.env = make_environment(env_config, self._library, num_evaluated=num_evaluated)
         self.agent = make_agent(config, self.env, self.processes)
         self._evaluator = Evaluator(
-            make_single_environment(env_config, self._library),
+            make_evaluation_environment(env_config, self.env, self._library, num_evaluated),
             self.agent,
             seed=config.seed,
-            num_episodes=config.training.evaluation_episodes,
+            num_episodes=num_evaluated,
         )
         self.collector = Collector(self.env, self.agent, seed=process_seed(config.seed, rank))
         self.decisions = 0
@@ -125,6 +130,12 @@ class TrainingRun:
         self._learner_metrics: dict[str, float] = {}
         is_schedule = schedule_language(self.env) is not None
         self.recorder = Recorder(config, output, is_schedule=is_schedule, enabled=rank == 0)
+
+    def close(self) -> None:
+        """Ends the workers of populations."""
+        for env in (self.env, self._evaluator.env):
+            if isinstance(env, FineTuningVectorEnv):
+                env.close()
 
     # -- running --------------------------------------------------------------------------------------------------
 

@@ -16,45 +16,68 @@ from llmrl_envs.interface.action import ActionTable
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import JobLibrary
+from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
 from llmrl.config import FINE_TUNING_ID, NOISY_QUADRATIC_ID, EnvConfig, TrainConfig
 from llmrl.dqn.agent import Agent, DQNAgent
 from llmrl.dqn.reinforce import ReinforceAgent
 from llmrl.dqn.tabular import TabularAgent
-from llmrl.training.population import make_population
+from llmrl.training.population import make_evaluation_population, make_population
 from llmrl.training.processes import OneProcess, Processes
 from llmrl.training.sharing import connect, process_settings
 
 Environment = gymnasium.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
 
-def make_environment(config: EnvConfig, library: JobLibrary | None = None) -> Environment:
+def make_environment(config: EnvConfig, library: JobLibrary | None = None, *, num_evaluated: int = 0) -> Environment:
     """The environment that the configuration names: single, or a vector environment for a population.
 
     Args:
         config: The section `env`.
         library: Loaded models to share with other environments that never run at the same time.
+        num_evaluated: Jobs that an evaluation runs beside a population whose size follows from the memory.
 
     Raises:
         UserError: Gymnasium knows no such environment, or it refuses its arguments.
     """
     if config.id == FINE_TUNING_ID and config.population != 1:
-        return _many_fine_tunings(config, library)
+        return _many_fine_tunings(config, library, num_evaluated)
     if config.population == 1:
         return make_single_environment(config, library)
     with _named_failures(config):
         return gymnasium.make_vec(_qualified(config.id), num_envs=int(config.population), **_arguments(config))
 
 
-def _many_fine_tunings(config: EnvConfig, library: JobLibrary | None) -> Environment:
+def _many_fine_tunings(config: EnvConfig, library: JobLibrary | None, num_evaluated: int) -> Environment:
     if config.vectorization == "population":
-        arguments = {"device": config.device, **schedule_arguments(config)}
-        return make_population(config, library or JobLibrary(config.device), arguments)
+        library = library or JobLibrary(config.device)
+        return make_population(config, library, _population_arguments(config), num_evaluated=num_evaluated)
     makers = [lambda: make_fine_tuning(config, None)] * int(config.population)
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
     if config.vectorization == "sync":
         return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=same_step)
     return gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=same_step)
+
+
+def make_evaluation_environment(
+    config: EnvConfig, env: Environment, library: JobLibrary | None, num_episodes: int
+) -> Environment:
+    """The environment for greedy episodes away from `env`: a population beside a population, otherwise a single one.
+
+    Args:
+        config: The section `env`.
+        env: The environment of the training.
+        library: Loaded models, shared with `env`.
+        num_episodes: Episodes of one evaluation.
+    """
+    if not isinstance(env, FineTuningVectorEnv) or num_episodes == 1:
+        return make_single_environment(config, library)
+    library, arguments = library or JobLibrary(config.device), _population_arguments(config)
+    return make_evaluation_population(config, library, arguments, num_jobs=env.num_envs, num_episodes=num_episodes)
+
+
+def _population_arguments(config: EnvConfig) -> dict[str, Any]:
+    return {"device": config.device, **schedule_arguments(config)}
 
 
 def make_single_environment(config: EnvConfig, library: JobLibrary | None = None) -> gymnasium.Env[Any, Any]:

@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import accelerate
@@ -12,8 +13,8 @@ from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 from llmrl.cli import main
 from llmrl.config import TrackingConfig
 from llmrl.config_loading import load_config
-from llmrl.doctor import _asked_processes, machine, processes, versions, weights_and_biases
-from llmrl.dry_run import TaskTrial, estimate_seconds, tasks_of, try_task
+from llmrl.doctor import _asked_processes, describe_trial, machine, processes, versions, weights_and_biases
+from llmrl.dry_run import TaskTrial, estimate_seconds, population_of, tasks_of, try_task
 
 TASK = """
 task:
@@ -139,6 +140,28 @@ def test_estimates_count_every_run(tmp_path: Path) -> None:
     config = load_config("train", train, overrides)
     # 10 episodes, 3 evaluations of 3 episodes, 2 references; each 3 s and 11 validation passes of 0.5 s.
     assert estimate_seconds(config, (trial_of(3.0, 10),)) == pytest.approx((10 + 9 + 2) * (3.0 + 11 * 0.5))
+
+
+def test_a_population_is_timed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "env: {device: cpu, population: 6, population_workers: 3, tasks: {tasks: [{data: 'builtin:json', steps: 8, "
+        "batch_size: 2, max_length: 16, validation_examples: 4}]}}\n"
+    )
+    config, library = load_config("train", path), JobLibrary("cpu")
+    assert population_of(config, library) == (6, 3)
+    assert population_of(load_config("train", path, ["env.population=1", "env.population_workers=auto"]), library) == (
+        1,
+        1,
+    )
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: 12.0 * next(clock))
+    (task,) = tasks_of(config)
+    trial = try_task(task, library, *population_of(config, library))
+    # One worker's part takes 12 s for three steps of all six jobs, and 12 s for their validation.
+    assert (trial.seconds_per_step, trial.seconds_per_evaluation) == (12.0 / 3 / 6, 12.0 / 6)
+    assert trial.job_seconds == pytest.approx(8 * trial.seconds_per_step)
+    assert describe_trial(trial)["at once"] == "6 jobs in 3 processes; times are a job's share"
 
 
 def test_another_environment_has_no_task_to_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.statistics import TuningMode
 from llmrl_envs.jobs.data import TaskData, load_task_data
-from llmrl_envs.jobs.models import LoadedModel, load_model, load_tokenizer
+from llmrl_envs.jobs.models import LoadedModel, check_length, load_model, load_tokenizer
 from llmrl_envs.jobs.splits import fixed_subset
 from llmrl_envs.jobs.task import FineTuningTask
 
 _Value = TypeVar("_Value")
 
-# What decides which weights are loaded and which examples are cut; budget, rate and batch size do not.
-_MODEL_KEYS = ("model", "objective", "mode", "lora", "max_length")
+# What decides which weights are loaded and which examples are cut; budget and rate do not.
+_MODEL_KEYS = ("model", "objective", "mode", "lora")
 _DATA_KEYS = ("model", "objective", "data", "max_length", "num_labels", "batch_size")
 
 
@@ -96,6 +96,7 @@ class JobLibrary:
         data = _once(self._data, data_key, lambda: load_task_data(task, tokenizer))
         model_key = task.model_dump_json(include=set(_MODEL_KEYS)) + str(data.num_labels)
         loaded, initial = _once(self._models, model_key, lambda: self._load(task, data.num_labels, tokenizer))
+        check_length(loaded.model.config, task)
         return Job(task, loaded, data, self.device, initial)
 
     def _load(

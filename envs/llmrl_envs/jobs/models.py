@@ -18,7 +18,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.model_files import ModelSource, find_model, load_errors, load_tokenizer, quiet_transformers
 from llmrl_envs.jobs.task import FineTuningTask, LoraSettings, Mode
 
-__all__ = ["LoadedModel", "load_model", "load_tokenizer", "position_limit", "save_model"]
+__all__ = ["LoadedModel", "check_length", "load_model", "load_tokenizer", "position_limit", "save_model"]
 
 INITIALISATION_SEED = 20_260_101
 """Seed of the weights that no file holds (a classification head, adapters)."""
@@ -38,7 +38,6 @@ class LoadedModel:
         mode: Whether all weights are trained, or adapters.
         trainable_fraction: Share of the parameters that is trained.
         num_parameters: Number of parameters, adapters included.
-        max_length: Longest sequence of the task, in tokens.
         use_cache: Whether the configuration asked for a key-value cache, which training switches off.
     """
 
@@ -48,7 +47,6 @@ class LoadedModel:
     mode: Mode
     trainable_fraction: float
     num_parameters: int
-    max_length: int
     use_cache: bool | None = None
 
 
@@ -71,7 +69,7 @@ def load_model(
     source = find_model(task.model)
     config = _load_config(source)
     _check_kind(config, task)
-    _check_length(config, task)
+    check_length(config, task)
     tokenizer = load_tokenizer(task.model) if tokenizer is None else tokenizer
     if task.objective == "classification":
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
@@ -101,7 +99,6 @@ def _ready(model: nn.Module, tokenizer: Any, task: FineTuningTask, use_cache: bo
         mode=task.mode,
         trainable_fraction=trained / total,
         num_parameters=total,
-        max_length=task.max_length,
         use_cache=use_cache,
     )
 
@@ -202,7 +199,16 @@ def _check_kind(config: Any, task: FineTuningTask) -> None:
         )
 
 
-def _check_length(config: Any, task: FineTuningTask) -> None:
+def check_length(config: Any, task: FineTuningTask) -> None:
+    """Makes sure that a model has positions for a task's sequences.
+
+    Args:
+        config: The model's configuration.
+        task: The task.
+
+    Raises:
+        UserError: The task's `max_length` is longer.
+    """
     limit = position_limit(config)
     if limit is not None and task.max_length > limit:
         raise UserError(

@@ -10,6 +10,7 @@ from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.session import FineTuningSession
+from llmrl_envs.jobs.task import FineTuningTask
 
 WARMUP_FRACTION = 0.05
 
@@ -42,15 +43,15 @@ class ReferenceCurves:
 
         A reference that is not finite (a default rate that destroys the model) counts as no improvement from there on.
         """
-        key = reference_key(job, seed)
+        key = reference_key(job.task, seed)
         if key not in self._curves:
             self._curves[key] = _run_reference(job, seed)
         return self._curves[key]
 
 
-def reference_key(job: Job, seed: int) -> str:
+def reference_key(task: FineTuningTask, seed: int) -> str:
     """What decides a reference run; jobs that share it share the curve."""
-    return f"{job.task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}"
+    return f"{task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}"
 
 
 def _run_reference(job: Job, seed: int) -> tuple[float, ...]:

@@ -25,6 +25,11 @@ CONFIG: dict[str, Any] = {
     "training": {"decisions": 100, "checkpoint_period_episodes": 4, "evaluation_episodes": 1},
     "tracking": {"wandb": "disabled"},
 }
+KINDS = {
+    "single": (),
+    "population": ("env.population=4", "training.decisions=200"),
+    "workers": ("env.population=4", "env.population_workers=2", "training.decisions=200"),
+}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
 TRAIN = ["-m", "llmrl", "train"]
 
@@ -59,15 +64,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_two_processes_from_beginning_to_end(tmp_path: Path) -> None:
-    whole = start(tmp_path, "whole")
+@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+def test_two_processes_from_beginning_to_end(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    whole = start(tmp_path, "whole", *overrides)
     _, told = whole.communicate(timeout=240)
     assert whole.returncode == 0, told
-    torn = start(tmp_path, "torn")
+    torn = start(tmp_path, "torn", *overrides)
     wait_for_checkpoint(tmp_path / "torn", torn)
     os.killpg(torn.pid, signal.SIGKILL)
     torn.communicate(timeout=60)
-    resumed = start(tmp_path, "torn", "--resume")
+    resumed = start(tmp_path, "torn", "--resume", *overrides)
     _, told = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, told
     assert files(tmp_path / "whole" / "policy") == files(tmp_path / "torn" / "policy")
@@ -76,7 +82,7 @@ def test_two_processes_from_beginning_to_end(tmp_path: Path) -> None:
 
     # Actions are random throughout, so the first process meets what a process alone meets.
     command = [sys.executable, *TRAIN, "--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "alone")]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    subprocess.run([*command, *overrides], check=True, capture_output=True, timeout=240)
     alone = [row["return"] for row in read_jsonl(tmp_path / "alone" / "metrics.jsonl") if row["kind"] == "episode"]
     first = [row["return"] for row in rows if row["kind"] == "episode" and row["process"] == 0]
     assert len(first) > 5

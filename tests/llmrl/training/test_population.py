@@ -18,6 +18,7 @@ from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 from llmrl.config import EnvConfig, TrainConfig
 from llmrl.dqn.collector import Collector
 from llmrl.run_directory import read_jsonl
+from llmrl.training import population
 from llmrl.training.loop import train
 from llmrl.training.setup import make_environment, schedule_language
 from llmrl.training.state_arrays import join_arrays, split_arrays
@@ -85,6 +86,8 @@ def test_each_way_of_running_several_jobs_is_what_its_name_says() -> None:
         ({"population": "auto", "vectorization": "sync"}, "population auto"),
         ({"population": 4, "vectorization": "sync", "groups": 2}, r"env\.groups"),
         ({"groups": 2}, r"env\.groups"),
+        ({"population_workers": 2}, r"env\.population_workers"),
+        ({"population": 4, "vectorization": "sync", "population_workers": 2}, r"env\.population_workers"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -121,7 +124,7 @@ def test_as_many_jobs_as_fit_into_the_memory() -> None:
 def test_an_automatic_population_is_made_and_halved_until_it_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
+    monkeypatch.setattr(population, "free_bytes", lambda device: 10**12)
     monkeypatch.setitem(memory.MOST_JOBS, "cpu", 12)
     original = FineTuningVectorEnv.rehearse
 

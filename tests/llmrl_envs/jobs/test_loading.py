@@ -44,7 +44,7 @@ def test_tasks_of_one_model_and_one_dataset_load_each_once(task, num_loads):
     assert num_loads == {"model": 1, "data": 1}
 
 
-def test_another_mode_length_or_data_is_another_matter(task, num_loads):
+def test_another_mode_or_data_is_another_matter_and_another_length_the_same_model(task, num_loads):
     library = JobLibrary("cpu")
     first = library.job(task)
     lora = library.job(variant(task, mode="lora"))
@@ -52,7 +52,10 @@ def test_another_mode_length_or_data_is_another_matter(task, num_loads):
     assert lora.data is first.data
     shorter = library.job(variant(task, max_length=12))
     assert shorter.data is not first.data
-    assert num_loads == {"model": 3, "data": 2}
+    assert shorter.loaded is first.loaded
+    assert num_loads == {"model": 2, "data": 2}
+    with pytest.raises(UserError, match="max_length is longer"):
+        library.job(variant(task, max_length=100_000))
     assert not set(map(id, lora.loaded.model.parameters())) & set(map(id, first.loaded.model.parameters()))
 
 

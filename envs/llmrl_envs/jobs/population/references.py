@@ -17,7 +17,7 @@ from llmrl_envs.jobs.reference import WARMUP_FRACTION, given_rate_schedule, refe
 def run_references(pool: PopulationPool, jobs: Sequence[tuple[Job, int]]) -> None:
     """Runs the references that are missing among those of `jobs` (job and seed), and keeps their curves."""
     curves = pool.library.curves
-    missing = {reference_key(job, seed): (job, seed) for job, seed in jobs}
+    missing = {reference_key(job.task, seed): (job, seed) for job, seed in jobs}
     runs = {key: _Run(pool.add(*pair)) for key, pair in missing.items() if key not in curves}
     under_way = list(runs.values())
     _evaluate(pool, under_way)
