@@ -4,6 +4,7 @@
     python scripts/bench_dqn.py --output bench.json --sb3-python ENV/bin/python --cpprb-python ENV/bin/python \
         --cleanrl-python ENV/bin/python --cleanrl-directory CHECKOUT --torchrl-python ENV/bin/python
     python scripts/bench_dqn.py --quick --output bench.json ...
+    python scripts/bench_dqn.py --only steps --output bench.json ...      # the comparisons with the word in their name
 
 Peers may live in environments of their own, given by their Python; one that is found nowhere leaves null. Every
 measurement is a process with one thread that counts its own CPU seconds; ours and the peer's alternate. A ratio is the
@@ -176,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and operations")
+    parser.add_argument("--only", default="", help="only comparisons whose name contains this")
     for peer in ("sb3", "cleanrl", "cpprb", "torchrl"):
         parser.add_argument(f"--{peer}-python", help=f"Python of an environment with what {peer} needs")
     parser.add_argument("--cleanrl-directory", help="a checkout with cleanrl/dqn.py and cleanrl_utils")
@@ -208,7 +210,9 @@ def main() -> None:
         ),
     ]
     rows = [
-        compare(name, ours, python, peer, repeats) for name, ours, python, peer in comparisons if python is not None
+        compare(name, ours, python, peer, repeats)
+        for name, ours, python, peer in comparisons
+        if python is not None and arguments.only in name
     ]
     found = {row["name"]: row["ratio"] for row in rows}
     report = {
