@@ -10,6 +10,7 @@ goes.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmrl.dqn.config import DQNConfig
+from llmrl.dqn.flat import FlatParameters
 from llmrl.dqn.networks import QNetwork
 from llmrl.dqn.numpy_network import OBS_CLIP
 from llmrl.dqn.replay import Batch
@@ -34,12 +36,14 @@ class AnalyticGradient:
 
     Args:
         config: Settings for which `is_analytic` holds.
-        online: The network that learns; its parameters keep their place, and `parameter.grad` is written in place.
+        online: The network that learns.
         target: The target network.
+        parameters: Those of the online network, which keep their place; their gradient is written in place.
     """
 
-    def __init__(self, config: DQNConfig, online: QNetwork, target: QNetwork) -> None:
+    def __init__(self, config: DQNConfig, online: QNetwork, target: QNetwork, parameters: FlatParameters) -> None:
         self._config = config
+        self._gradient: Floats = parameters.gradient.numpy()
         self._online, self._target = _Perceptron(online), _Perceptron(target)
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is skipped and counted by the learner
@@ -59,6 +63,10 @@ class AnalyticGradient:
         grad[rows, batch.action] = weighted * (-1.0 / size)
         self._online.backward(passes, grad)
         return loss, np.abs(td), value
+
+    def norm(self) -> float:
+        """Norm of the gradient as it stands."""
+        return math.sqrt(self._gradient.dot(self._gradient))
 
     def _next_value(self, batch: Batch, rows: NDArray[np.int64]) -> Floats:  # [B]
         """What the target network expects after the window, of its own best action or of the online network's."""
