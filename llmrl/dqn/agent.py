@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from llmrl.dqn.acting import check_mask, greedy_actions
-from llmrl.dqn.agent_files import read_json, read_tensors, write_json
+from llmrl.dqn.agent_files import read_json, read_tensors, restoring, write_json
 from llmrl.dqn.config import DQNConfig
 from llmrl.dqn.exploration import (
     GREEDY,
@@ -331,10 +331,11 @@ class DQNAgent:
         Raises:
             ValueError: Files are missing, damaged, of another version, or of an agent of another shape.
         """
-        state = self._load_learner(directory)
-        self.replay.restore(directory / "replay")
-        self.exploration.load_state_dict(state["exploration"])
-        self._sample_rng.bit_generator.state = state["sample_rng"]
+        with restoring(directory):
+            state = self._load_learner(directory)
+            self.replay.restore(directory / "replay")
+            self.exploration.load_state_dict(state["exploration"])
+            self._sample_rng.bit_generator.state = state["sample_rng"]
 
     def load_shares(self, directories: Sequence[Path], *, rank: int, num_processes: int) -> None:
         """Goes on from agents that learned together, in another number of processes than they did.
@@ -347,7 +348,8 @@ class DQNAgent:
         """
         merged = RunningStatistics(self.obs_shape)
         for directory in reversed(directories):  # so that what is loaded last, and kept, is the first one's
-            self._load_learner(directory)
+            with restoring(directory):
+                self._load_learner(directory)
             merged.merge(self._statistics)
         # Merging over the processes counts everything once: all of it is with the first, nothing with the others.
         self._statistics = merged if rank == 0 else RunningStatistics(self.obs_shape)

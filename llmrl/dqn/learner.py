@@ -36,6 +36,10 @@ from llmrl.dqn.td_loss import TensorBatch, elementwise_loss
 DEFAULT_ACTION_LEAD = 0.01
 
 
+# What the optimizers remember: numbers, and vectors of the size of all parameters.
+AVERAGES = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "rmsprop": {"square_avg", "grad_avg"}}
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """What one update measured; tensors stay on the device until they are asked for."""
@@ -298,6 +302,7 @@ class Learner:
             raise ValueError(f"learner state: expected online, target, optimizer and generator, got {sorted(rest)}")
         self.optimizer.state.clear()
         if state:
+            self._check_optimizer(state)
             self.optimizer.state[self.parameters.values] = {
                 name: value.to(self.device).clone() for name, value in state.items()
             }
@@ -305,6 +310,13 @@ class Learner:
         self.learner_steps = counters["learner_steps"]
         self.num_skipped = counters["num_skipped"]
         self.num_resets = counters["num_resets"]
+
+    def _check_optimizer(self, state: dict[str, Tensor]) -> None:
+        expected = AVERAGES[self.config.optimizer]
+        sizes = {name: list(value.shape) for name, value in state.items()}
+        own = list(self.parameters.values.shape)
+        if sizes.keys() != expected or any(size != ([] if name == "step" else own) for name, size in sizes.items()):
+            raise ValueError(f"state of the optimizer: expected {sorted(expected)} of shape {own}, got {sizes}")
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
