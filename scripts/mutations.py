@@ -241,6 +241,20 @@ MUTATIONS = (
         ("sum_tree",),
     ),
     Mutation(
+        "sum tree that trusts a product to round alike",
+        "sum_tree.py",
+        "if np.count_nonzero(priority) < len(priority):",
+        "if False:",
+        ("sum_tree",),
+    ),
+    Mutation(
+        "observations that are not finite are stored",
+        "replay_checks.py",
+        'if t.obs.dtype.kind == "f" and not math.isfinite(np.vdot(t.obs, t.next_obs)):',
+        "if False:",
+        ("replay_checks",),
+    ),
+    Mutation(
         "one exploration coin for all environments",
         "exploration.py",
         "coin = self._rng.random(self.num_envs)",

@@ -74,7 +74,7 @@ class AnalyticGradient:
         selector = self._online.values(self._online.forward(batch.next_obs)) if self._config.double else q
         if np.count_nonzero(batch.next_mask) < batch.next_mask.size:
             selector = np.where(batch.next_mask, selector, -np.inf)
-        return q[rows, selector.argmax(axis=1)]
+        return np.asarray(q[rows, selector.argmax(axis=1)])
 
 
 class Pass(NamedTuple):

@@ -188,7 +188,7 @@ class ReplayBuffer:
         if index.min() < 0 or index.max() >= self.capacity:
             raise ValueError(f"index: expected 0 to {self.capacity - 1}, got {index.min()} to {index.max()}")
         fresh = self.rows.generation[index] == generation
-        num_stale = len(index) - np.count_nonzero(fresh)
+        num_stale = len(index) - int(np.count_nonzero(fresh))
         if num_stale:
             self.num_stale_updates += num_stale
             index, values = index[fresh], values[fresh]
