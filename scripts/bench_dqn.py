@@ -132,6 +132,7 @@ def compare(name: str, ours: Measure, peer: Measure, repeats: int) -> dict[str, 
     pairs = [(ours(), peer()) for _ in range(repeats)]
     ours_us, peer_us = (np.array([one.microseconds for one in side]) for side in zip(*pairs, strict=True))
     ratio, low, high = median_ratio(peer_us, ours_us)
+    print(f"{name} {ratio:.2f} [{low:.2f}, {high:.2f}]", flush=True)
     return {
         "name": name,
         "ratio": ratio,
