@@ -4,9 +4,11 @@
     python scripts/bench_dqn.py --output bench.json --sb3-python ENV/bin/python --cpprb-python ENV/bin/python \
         --cleanrl-python ENV/bin/python --cleanrl-directory CHECKOUT --torchrl-python ENV/bin/python
     python scripts/bench_dqn.py --quick --output bench.json ...
+    python scripts/bench_dqn.py --only steps --output bench.json ...      # the comparisons with the word in their name
 
 Peers may live in environments of their own, given by their Python; one that is found nowhere leaves null. Every
-measurement is a process with one thread that counts its own CPU seconds; ours and the peer's alternate. A ratio is the
+measurement is a process with one thread that counts its own CPU seconds; ours and the peer's alternate. The replay's
+operations are those of `bench_replay.py`, which also has them for a million transitions. A ratio is the
 median over the repeats, with a 95 % bootstrap interval. Above 1: ours is faster.
 """
 
@@ -21,8 +23,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import bench_replay
 import numpy as np
 from benchmarking import describe_machine, describe_versions, median_ratio, write_report
 
@@ -90,31 +93,6 @@ def our_learner(count: int) -> float:
     return timed(run)
 
 
-def our_replay(count: int, capacity: int, sampling: str) -> float:
-    """Add one, draw 128 and, where prioritised, set 128 priorities, with 40 observations."""
-    from llmrl.dqn.replay import ReplayBuffer
-
-    buffer = ReplayBuffer(capacity, 1, (40,), 9, sampling=sampling)  # type: ignore[arg-type]
-    rng = np.random.default_rng(0)
-    obs, end = rng.normal(size=(1, 40)).astype(np.float32), np.zeros(1, dtype=np.bool_)
-    action, reward = np.zeros(1, dtype=np.int64), np.full(1, 0.5)
-
-    def add() -> None:
-        buffer.add(obs, action, reward, end, end, obs)
-
-    def run() -> None:
-        for _ in range(count):
-            add()
-            batch = buffer.sample(128, rng, n_step=1, gamma=0.99, beta=0.4)
-            if sampling != "uniform":
-                buffer.update_priorities(batch.index, batch.generation, np.abs(batch.reward) + 0.5)
-
-    for _ in range(capacity):
-        add()
-    run()
-    return timed(run)
-
-
 def timed(run: Callable[[], Any]) -> float:
     """CPU seconds of a call."""
     start = time.process_time()
@@ -122,25 +100,39 @@ def timed(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def cpu_seconds(python: str, script: Path, arguments: list[str]) -> dict[str, Any]:
+class Measured(NamedTuple):
+    """One measurement of one library."""
+
+    microseconds: float  # of CPU time for one operation
+    version: str
+
+
+Measure = Callable[[], Measured]
+
+
+def process(python: str, script: Path, *arguments: str) -> Measured:
     """Runs one measurement in a process of its own with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [python, str(script), *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: expected a measurement, got\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return Measured(1e6 * found["cpu_seconds"] / found["count"], found["version"])
 
 
-def compare(name: str, ours: list[str], python: str, peer: list[str], repeats: int) -> dict[str, Any]:
-    """Alternating measurements and their ratios; both do the same number of operations."""
-    microseconds = []
-    for _ in range(repeats):
-        mine = cpu_seconds(sys.executable, Path(__file__), ["--measure", *ours])
-        theirs = cpu_seconds(python, PEERS, peer)
-        microseconds.append([1e6 * one["cpu_seconds"] / one["count"] for one in (mine, theirs)])
-    ours_us, peer_us = np.array(microseconds).T
+def replay(python: str, library: str, operation: str, count: int) -> Measured:
+    """One operation of `bench_replay.py`, with 100,000 transitions: the same for every library."""
+    found = bench_replay.in_a_process(python, library, 100_000, count, operation)
+    return Measured(found["microseconds"][operation], found["facts"].get("version", "ours"))
+
+
+def compare(name: str, ours: Measure, peer: Measure, repeats: int) -> dict[str, Any]:
+    """Alternating measurements and their ratios."""
+    pairs = [(ours(), peer()) for _ in range(repeats)]
+    ours_us, peer_us = (np.array([one.microseconds for one in side]) for side in zip(*pairs, strict=True))
     ratio, low, high = median_ratio(peer_us, ours_us)
+    print(f"{name} {ratio:.2f} [{low:.2f}, {high:.2f}]", flush=True)
     return {
         "name": name,
         "ratio": ratio,
@@ -148,7 +140,7 @@ def compare(name: str, ours: list[str], python: str, peer: list[str], repeats: i
         "ci_high": high,
         "our_microseconds": float(np.median(ours_us)),
         "peer_microseconds": float(np.median(peer_us)),
-        "peer_version": theirs["version"],
+        "peer_version": pairs[-1][1].version,
         "repeats": repeats,
     }
 
@@ -158,16 +150,12 @@ def find_python(module: str, given: str | None) -> str | None:
     return given or (sys.executable if importlib.util.find_spec(module) is not None else None)
 
 
-def measure(name: str, *numbers: str) -> None:
+def measure(name: str, count: int) -> None:
     """One measurement of ours, printed as JSON."""
     import torch
 
     torch.set_num_threads(1)
-    count = int(numbers[0])
-    if name == "replay":
-        seconds = our_replay(count, int(numbers[1]), numbers[2])
-    else:
-        seconds = {"steps": our_steps, "learner": our_learner}[name](count)
+    seconds = {"steps": our_steps, "learner": our_learner}[name](count)
     print(json.dumps({"cpu_seconds": seconds, "count": count, "version": "ours"}))
 
 
@@ -176,46 +164,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and operations")
+    parser.add_argument("--only", default="", help="only comparisons whose name contains this")
     for peer in ("sb3", "cleanrl", "cpprb", "torchrl"):
         parser.add_argument(f"--{peer}-python", help=f"Python of an environment with what {peer} needs")
     parser.add_argument("--cleanrl-directory", help="a checkout with cleanrl/dqn.py and cleanrl_utils")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        return measure(*arguments.measure)
+        return measure(arguments.measure[0], int(arguments.measure[1]))
     if arguments.output is None:
         parser.error("expected --output FILE")
     repeats, steps, updates = (3, "5000", "500") if arguments.quick else (7, "20000", "1000")
-    capacity = "100000"
     checkout = arguments.cleanrl_directory
     sb3 = find_python("stable_baselines3", arguments.sb3_python)
     cleanrl = None if checkout is None else arguments.cleanrl_python or sys.executable
-    comparisons: list[tuple[str, list[str], str | None, list[str]]] = [
-        ("steps_per_second_vs_sb3", ["steps", steps], sb3, ["sb3_steps", steps]),
-        ("steps_per_second_vs_cleanrl", ["steps", steps], cleanrl, ["cleanrl_steps", steps, str(checkout)]),
-        ("learner_step_vs_sb3", ["learner", updates], sb3, ["sb3_learner", updates]),
-        (
-            "uniform_vs_torchrl",
-            ["replay", updates, capacity, "uniform"],
-            find_python("torchrl", arguments.torchrl_python),
-            ["torchrl_uniform", updates, capacity],
+    torchrl = find_python("torchrl", arguments.torchrl_python)
+    cpprb = find_python("cpprb", arguments.cpprb_python)
+
+    def ours(*numbers: str) -> Measure:
+        return lambda: process(sys.executable, Path(__file__), "--measure", *numbers)
+
+    def theirs(python: str | None, *numbers: str) -> Measure | None:
+        return None if python is None else lambda: process(python, PEERS, *numbers)
+
+    def buffer(python: str | None, library: str, operation: str) -> Measure | None:
+        return None if python is None else lambda: replay(python, library, operation, int(updates) // 2)
+
+    comparisons = {
+        "steps_per_second_vs_sb3": (ours("steps", steps), theirs(sb3, "sb3_steps", steps)),
+        "steps_per_second_vs_cleanrl": (
+            ours("steps", steps),
+            theirs(cleanrl, "cleanrl_steps", steps, str(checkout)),
         ),
-        (
-            "prioritized_vs_cpp",
-            ["replay", updates, capacity, "prioritized"],
-            find_python("cpprb", arguments.cpprb_python),
-            ["cpprb_prioritized", updates, capacity],
-        ),
-    ]
+        "learner_step_vs_sb3": (ours("learner", updates), theirs(sb3, "sb3_learner", updates)),
+        "uniform_vs_torchrl": (buffer(sys.executable, "ours", "uniform"), buffer(torchrl, "torchrl", "uniform")),
+        "prioritized_vs_cpp": (buffer(sys.executable, "ours", "prioritized"), buffer(cpprb, "cpprb", "prioritized")),
+    }
     rows = [
-        compare(name, ours, python, peer, repeats) for name, ours, python, peer in comparisons if python is not None
+        compare(name, mine, peer, repeats)
+        for name, (mine, peer) in comparisons.items()
+        if mine is not None and peer is not None and arguments.only in name
     ]
     found = {row["name"]: row["ratio"] for row in rows}
     report = {
         "machine": describe_machine(),
         "versions": describe_versions(),
         "rows": rows,
-        "ratios": {name: found.get(name) for name, *_ in comparisons},
+        "ratios": {name: found.get(name) for name in comparisons},
     }
     write_report(report, arguments.output)
     return None

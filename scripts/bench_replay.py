@@ -28,10 +28,6 @@ from typing import Any
 import numpy as np
 
 OBS, ACTIONS, BATCH = 40, 9, 128
-UNIFORM, PRIORITIZED = (
-    ("uniform_add", "uniform_sample"),
-    ("prioritized_add", "prioritized_sample", "prioritized_update"),
-)
 Operations = dict[str, Callable[[], Any]]
 
 
@@ -162,11 +158,12 @@ def torchrl_operations(capacity: int, facts: dict[str, Any]) -> Operations:
     return {**operations, "prioritized": run_prioritized}
 
 
-def measure(library: str, capacity: int, count: int) -> None:
-    """Prints CPU microseconds of every operation of one library as JSON."""
+def measure(library: str, capacity: int, count: int, names: list[str]) -> None:
+    """Prints CPU microseconds of some operations of one library, or of all where none is named, as JSON."""
     facts: dict[str, Any] = {}
     prepare = {"ours": our_operations, "cpprb": cpprb_operations, "torchrl": torchrl_operations}[library]
     operations = prepare(capacity, facts)
+    operations = {name: run for name, run in operations.items() if name in (names or operations)}
     for run in operations.values():
         run_times(run, count)
     microseconds = {name: min(run_times(run, count) for _ in range(15)) for name, run in operations.items()}
@@ -181,10 +178,10 @@ def run_times(run: Callable[[], Any], count: int) -> float:
     return 1e6 * (time.process_time() - start) / count
 
 
-def in_a_process(python: str, library: str, capacity: int, count: int) -> dict[str, Any]:
-    """One measurement."""
+def in_a_process(python: str, library: str, capacity: int, count: int, *names: str) -> dict[str, Any]:
+    """One measurement of some operations, or of all."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [python, __file__, "--measure", library, str(capacity), str(count)]
+    command = [python, __file__, "--measure", library, str(capacity), str(count), *names]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: expected a measurement, got\n{done.stderr[-2000:]}")
@@ -236,11 +233,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="100,000 transitions only, fewer repeats")
     parser.add_argument("--cpprb-python", help="Python of an environment with cpprb")
     parser.add_argument("--torchrl-python", help="Python of an environment with torchrl")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        library, capacity, count = arguments.measure
-        return measure(library, int(capacity), int(count))
+        library, capacity, count, *names = arguments.measure
+        return measure(library, int(capacity), int(count), names)
     if arguments.output is None:
         parser.error("expected --output FILE")
     pythons = {"ours": sys.executable, "cpprb": arguments.cpprb_python, "torchrl": arguments.torchrl_python}

@@ -1,6 +1,6 @@
 """Do the tests notice the bugs that well-known DQN libraries have shipped? Puts each into a copy and runs the tests.
 
-    python scripts/check_mutations.py                        # all, some minutes
+    python scripts/check_mutations.py                        # all, some minutes; where processes can fork
     python scripts/check_mutations.py --quick                # the best known bugs, one variant of each
     python scripts/check_mutations.py --only truncation      # those with the word in their name
     python scripts/check_mutations.py --output mutations.json
@@ -12,6 +12,7 @@ found exactly once, or that stops the tests from starting, is an error of this l
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -23,9 +24,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pytest
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
+WARM = ("torch", "gymnasium", "hypothesis", "pydantic", "safetensors.torch")  # imported once for all runs
 COPIED = ("llmrl", "envs", "tests/llmrl/dqn", "pyproject.toml")
 
 
@@ -52,24 +55,37 @@ def make_copy(folder: Path) -> None:
 
 def run_tests(folder: Path, names: tuple[str, ...]) -> tuple[int, str]:
     """Runs test files of a copy; returns pytest's exit code and the first failure, or its last lines."""
-    files = [f"tests/llmrl/dqn/test_{name}.py" for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "envs")]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
-    }
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    failed = re.search(r"^FAILED \S*?::(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return done.returncode, failed.group(1) if failed else done.stdout[-1500:] + done.stderr[-1500:]
+    output = folder / "output.txt"
+    child = os.fork()  # a fresh process that need not import torch again, which takes longer than most tests
+    if child == 0:
+        os._exit(_pytest(folder, [f"tests/llmrl/dqn/test_{name}.py" for name in names], output))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    printed = output.read_text(errors="replace")
+    failed = re.search(r"^FAILED \S*?::(.*?)(?: - .*)?$", printed, re.MULTILINE)
+    return code, failed.group(1) if failed else printed[-1500:]
+
+
+def _pytest(folder: Path, files: list[str], output: Path) -> int:
+    """In a process of its own: runs test files of a copy against the copy."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(_paths(folder))
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / ".hypothesis")
+    sys.path[:0] = _paths(folder)
+    code = int(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]))
+    sys.stdout.flush()
+    return code
+
+
+def _paths(folder: Path) -> list[str]:
+    return [str(folder), str(folder / "envs")]
 
 
 def check_import(folder: Path) -> None:
     """Makes sure that tests in the copy import the copy."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "envs")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_paths(folder))}
     command = [sys.executable, "-c", "import llmrl.dqn; print(llmrl.dqn.__file__)"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     if not Path(done.stdout.strip()).resolve().is_relative_to(folder.resolve()):
@@ -104,6 +120,10 @@ def main() -> int:
     chosen = [m for m in MUTATIONS if (m.quick or not arguments.quick) and arguments.only in m.name]
     if not chosen:
         parser.error(f"--only: expected part of the name of a mutation, got {arguments.only!r}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    for name in WARM:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_copy(folder)

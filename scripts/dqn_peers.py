@@ -115,60 +115,9 @@ def _with_path(directory: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": directory}
 
 
-def cpprb_prioritized(count: int, capacity: int) -> None:
-    """Add one, draw 128, set 128 priorities: cpprb's C++ buffer with 40 observations, `count` times."""
-    import cpprb
-
-    fields = {"obs": {"shape": 40}, "next_obs": {"shape": 40}, "act": {"dtype": np.int64}, "rew": {}, "done": {}}
-    buffer = cpprb.PrioritizedReplayBuffer(capacity, fields, alpha=0.6)
-    rng = np.random.default_rng(0)
-    obs = rng.normal(size=(40,)).astype(np.float32)
-    block = min(capacity, 10_000)
-    for _ in range(capacity // block):
-        many = rng.normal(size=(block, 40)).astype(np.float32)
-        buffer.add(obs=many, next_obs=many, act=np.zeros(block), rew=np.zeros(block), done=np.zeros(block))
-
-    def run() -> None:
-        for _ in range(count):
-            buffer.add(obs=obs, next_obs=obs, act=1, rew=0.5, done=0.0)
-            drawn = buffer.sample(128, beta=0.4)
-            buffer.update_priorities(drawn["indexes"], np.abs(drawn["rew"]).ravel() + 0.5)
-
-    run()
-    report(count, timed(run), version("cpprb"))
-
-
-def torchrl_uniform(count: int, capacity: int) -> None:
-    """Add one, draw 128: TorchRL's buffer with 40 observations, `count` times."""
-    import torch
-    from tensordict import TensorDict
-    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-
-    torch.set_num_threads(1)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity), batch_size=128)
-
-    def steps(num: int) -> TensorDict:
-        columns = {"obs": torch.randn(num, 40), "next_obs": torch.randn(num, 40)}
-        columns |= {"action": torch.zeros(num, dtype=torch.int64), "reward": torch.zeros(num)}
-        return TensorDict({**columns, "done": torch.zeros(num, dtype=torch.bool)}, batch_size=[num])
-
-    for _ in range(capacity // 10_000):
-        buffer.extend(steps(10_000))
-    one = steps(1)
-
-    def run() -> None:
-        for _ in range(count):
-            buffer.extend(one)
-            buffer.sample()
-
-    run()
-    report(count, timed(run), version("torchrl"))
-
-
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
     functions: dict[str, Callable[..., None]] = {
-        function.__name__: function
-        for function in (sb3_steps, sb3_learner, cleanrl_steps, cpprb_prioritized, torchrl_uniform)
+        function.__name__: function for function in (sb3_steps, sb3_learner, cleanrl_steps)
     }
     functions[name](*(int(value) if value.isdigit() else value for value in arguments))

@@ -70,6 +70,27 @@ MUTATIONS = (
         ("n_step", "replay"),
     ),
     Mutation(
+        "n-step returns of a single lane run across truncations",
+        "replay_rows.py",
+        "self.open[0] = not (terminated or truncated)",
+        "self.open[0] = not terminated",
+        ("n_step", "replay"),
+    ),
+    Mutation(
+        "n-step returns of a single lane run over the write head",
+        "replay_rows.py",
+        "self.stop[row] = True",
+        "self.stop[row] = False",
+        ("n_step", "replay"),
+    ),
+    Mutation(
+        "n-step returns of a single lane join episodes",
+        "replay_rows.py",
+        "self.stop[row - 1] = not going_on",
+        "self.stop[row - 1] = False",
+        ("n_step", "replay"),
+    ),
+    Mutation(
         "n-step returns run into another environment's lane",
         "n_step.py",
         "start[:, None] + num_envs * np.arange(n_step)",
@@ -220,6 +241,20 @@ MUTATIONS = (
         ("sum_tree",),
     ),
     Mutation(
+        "sum tree that trusts a product to round alike",
+        "sum_tree.py",
+        "if np.count_nonzero(priority) < len(priority):",
+        "if False:",
+        ("sum_tree",),
+    ),
+    Mutation(
+        "observations that are not finite are stored",
+        "replay_checks.py",
+        'if t.obs.dtype.kind == "f" and not math.isfinite(np.vdot(t.obs, t.next_obs)):',
+        "if False:",
+        ("replay_checks",),
+    ),
+    Mutation(
         "one exploration coin for all environments",
         "exploration.py",
         "coin = self._rng.random(self.num_envs)",
@@ -281,10 +316,17 @@ MUTATIONS = (
     Mutation(
         "terminated and truncated confused in the replay",
         "replay_rows.py",
-        'records["terminated"] = t.terminated',
-        'records["terminated"] = t.truncated',
+        'column["terminated"][slots] = t.terminated',
+        'column["terminated"][slots] = t.truncated',
         ("n_step",),
         quick=True,
+    ),
+    Mutation(
+        "terminated and truncated confused in the replay of a single lane",
+        "replay_rows.py",
+        "            terminated,\n            truncated,\n",
+        "            truncated,\n            terminated,\n",
+        ("n_step", "replay"),
     ),
     Mutation(
         "no bootstrap after truncation",
@@ -296,9 +338,8 @@ MUTATIONS = (
     Mutation(
         "terminated and truncated confused by the collector",
         "lanes.py",
-        "            np.array([terminated], dtype=np.bool_),\n            np.array([truncated], dtype=np.bool_),\n",
-        "            np.array([terminated or truncated], dtype=np.bool_),\n"
-        "            np.array([False], dtype=np.bool_),\n",
+        "            FLAG[bool(terminated)],\n            FLAG[bool(truncated)],\n",
+        "            FLAG[bool(terminated or truncated)],\n            FLAG[False],\n",
         ("collector",),
     ),
     Mutation(

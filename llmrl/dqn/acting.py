@@ -43,6 +43,8 @@ def random_actions(
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:  # [E]
     """One available action for each environment, all equally likely."""
+    if np.count_nonzero(mask) == mask.size:
+        return np.asarray((rng.random(len(mask)) * mask.shape[1]).astype(np.int64))
     counts = mask.sum(axis=1)
     rank = (rng.random(len(mask)) * counts).astype(np.int64)  # which of the available ones, from 0
     action: NDArray[np.int64] = (mask.cumsum(axis=1) > rank[:, None]).argmax(axis=1)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from llmrl.dqn.acting import check_mask, greedy_actions
-from llmrl.dqn.agent_files import read_json, read_tensors, write_json
+from llmrl.dqn.agent_files import read_json, read_tensors, restoring, write_json
 from llmrl.dqn.config import DQNConfig
 from llmrl.dqn.exploration import (
     GREEDY,
@@ -34,6 +34,7 @@ from llmrl.dqn.network_file import save_network
 from llmrl.dqn.networks import RunningStatistics
 from llmrl.dqn.numpy_network import NumpyNetwork
 from llmrl.dqn.replay import Batch, ReplayBuffer
+from llmrl.dqn.replay_checks import is_finite
 
 FORMAT_VERSION = 1
 FEW_OBS = 8  # up to so many observations at once NumPy is faster than torch
@@ -184,10 +185,11 @@ class DQNAgent:
             return self._greedy(obs, mask, noisy=False)
         chosen = self.exploration.choose(mask, self.env_steps)
         greedy = chosen == GREEDY
-        if not np.count_nonzero(greedy):
+        num_greedy = np.count_nonzero(greedy)
+        if not num_greedy:
             return chosen
         best = self._greedy(obs, mask, noisy=self.config.noisy)
-        return best if np.count_nonzero(greedy) == len(greedy) else np.where(greedy, best, chosen)
+        return best if num_greedy == len(greedy) else np.where(greedy, best, chosen)
 
     def _greedy(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, noisy: bool) -> NDArray[np.int64]:
         network = self.learner.online
@@ -196,7 +198,7 @@ class DQNAgent:
         elif self.config.noisy:
             network.remove_noise()
         q = self.q_values(obs)
-        if np.count_nonzero(np.isfinite(q)) < q.size:
+        if not is_finite(q):
             raise ValueError("obs: expected finite observations, got action values that are not finite")
         config = self.config
         return greedy_actions(q, mask, default_action=config.default_action, margin=config.default_action_margin)
@@ -329,10 +331,11 @@ class DQNAgent:
         Raises:
             ValueError: Files are missing, damaged, of another version, or of an agent of another shape.
         """
-        state = self._load_learner(directory)
-        self.replay.restore(directory / "replay")
-        self.exploration.load_state_dict(state["exploration"])
-        self._sample_rng.bit_generator.state = state["sample_rng"]
+        with restoring(directory):
+            state = self._load_learner(directory)
+            self.replay.restore(directory / "replay")
+            self.exploration.load_state_dict(state["exploration"])
+            self._sample_rng.bit_generator.state = state["sample_rng"]
 
     def load_shares(self, directories: Sequence[Path], *, rank: int, num_processes: int) -> None:
         """Goes on from agents that learned together, in another number of processes than they did.
@@ -345,7 +348,8 @@ class DQNAgent:
         """
         merged = RunningStatistics(self.obs_shape)
         for directory in reversed(directories):  # so that what is loaded last, and kept, is the first one's
-            self._load_learner(directory)
+            with restoring(directory):
+                self._load_learner(directory)
             merged.merge(self._statistics)
         # Merging over the processes counts everything once: all of it is with the first, nothing with the others.
         self._statistics = merged if rank == 0 else RunningStatistics(self.obs_shape)

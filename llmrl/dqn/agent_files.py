@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ def read_json(path: Path, *, version: int, agent: str) -> dict[str, Any]:
     if state.get("format_version") != version:
         raise ValueError(f"{path}: expected format_version {version}, got {state.get('format_version')!r}")
     return state
+
+
+@contextmanager
+def restoring(directory: Path) -> Iterator[None]:
+    """Whatever a saved state lacks, or holds of another kind, becomes a ValueError that names the folder."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{directory}: expected the whole state of an agent, got {error!r}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -156,6 +156,8 @@ class Collector:
             self._return += np.where(step.valid, step.reward, 0.0)
             self._length += step.valid
             ended &= step.valid
+        if not np.count_nonzero(ended):
+            return []
         return [self._close(lane, step) for lane in ended.nonzero()[0].tolist()]
 
     def _close(self, lane: int, step: Step) -> Episode:

@@ -125,6 +125,7 @@ class EpsilonGreedy:
         self.max_repeat = max_repeat
         self._rng = rng
         self._greedy = np.full(num_envs, GREEDY, dtype=np.int64)  # [E]
+        self._greedy.flags.writeable = False
         self._action = self._greedy.copy()  # [E] exploratory action under way
         self._remaining = np.zeros(num_envs, dtype=np.int64)  # [E] decisions for which it still goes on
         weight = np.arange(1, max_repeat + 1) ** -2.0
@@ -144,8 +145,10 @@ class EpsilonGreedy:
             raise ValueError(f"mask: expected shape ({self.num_envs}, A), got {mask.shape}")
         check_mask(mask)
         coin = self._rng.random(self.num_envs)
-        chosen = self._greedy.copy()
         starts = coin < self.epsilon(env_steps)
+        if self.max_repeat == 1 and not np.count_nonzero(starts):
+            return self._greedy
+        chosen = self._greedy.copy()
         if self.max_repeat > 1:
             starts &= ~self._go_on(mask, chosen)
         if np.count_nonzero(starts):
@@ -156,7 +159,8 @@ class EpsilonGreedy:
 
     def end_episodes(self, ended: NDArray[np.bool_]) -> None:  # [E]
         """No exploratory action goes on into the next episode."""
-        self._remaining[ended] = 0
+        if self.max_repeat > 1:
+            self._remaining[ended] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """State of the generator and of the actions under way, as JSON values."""

@@ -7,8 +7,7 @@ the true final observation of an episode, and the first observation of the next 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
@@ -17,10 +16,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 Info = dict[str, Any]
+FLAG = {value: np.frombuffer(bytes([value]), dtype=np.bool_) for value in (False, True)}  # [1], read-only
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one step of all lanes brought."""
 
     reward: NDArray[np.float64]  # [E]
@@ -97,13 +96,13 @@ class SingleLane:
 
     def step(self, action: NDArray[np.int64]) -> Step:
         """Steps the environment."""
-        obs, reward, terminated, truncated, info = self.env.step(int(action[0]))
+        obs, reward, terminated, truncated, info = self.env.step(action.item())
         self._obs, self._mask = _as_obs(obs)[None], self._read_mask(info)
-        self.in_episode = np.array([not (terminated or truncated)])
+        self.in_episode = FLAG[not (terminated or truncated)]
         return Step(
             np.array([reward], dtype=np.float64),
-            np.array([terminated], dtype=np.bool_),
-            np.array([truncated], dtype=np.bool_),
+            FLAG[bool(terminated)],
+            FLAG[bool(truncated)],
             self._obs,
             self._mask,
             None,

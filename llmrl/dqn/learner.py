@@ -36,19 +36,23 @@ from llmrl.dqn.td_loss import TensorBatch, elementwise_loss
 DEFAULT_ACTION_LEAD = 0.01
 
 
+# What the optimizers remember: numbers, and vectors of the size of all parameters.
+AVERAGES = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "rmsprop": {"square_avg", "grad_avg"}}
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """What one update measured; tensors stay on the device until they are asked for."""
 
     loss: Tensor | float  # [] mean weighted loss
-    priority: Tensor  # [B] |TD error|, or the loss of a value distribution
+    priority: Tensor | NDArray[np.float32]  # [B] |TD error|, or the loss of a value distribution
     value: Tensor | float  # [] mean value of the actions taken
     gradient_norm: Tensor | float  # [] before clipping
     skipped: bool  # the gradient was not finite and nothing was changed
 
     def priorities(self) -> NDArray[np.float32]:
         """New priorities [B]; not-a-number where the loss was not finite."""
-        return self.priority.cpu().numpy()
+        return self.priority.cpu().numpy() if isinstance(self.priority, Tensor) else self.priority
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log."""
@@ -95,7 +99,7 @@ class Learner:
         self.target_parameters.values.copy_(self.parameters.values)
         self.optimizer = self._new_optimizer()
         analytic = is_analytic(config) and self.device.type == "cpu"
-        self._analytic = AnalyticGradient(config, self.online, self.target) if analytic else None
+        self._analytic = AnalyticGradient(config, self.online, self.target, self.parameters) if analytic else None
         self._captured: CapturedUpdate | None = None
         self.learner_steps = 0
         self.num_skipped = 0
@@ -146,8 +150,10 @@ class Learner:
             self.online.resample_noise(self.generator)
             self.target.resample_noise(self.generator)
         self._set_learning_rate()
+        priority: Tensor | NDArray[np.float32]
         loss: Tensor | float
         value: Tensor | float
+        norm: Tensor | float
         if can_capture(self):
             loss, priority, value, norm = self._replayed(TensorBatch.from_numpy(batch, self.device))
             skipped = not math.isfinite(float(norm))
@@ -158,12 +164,15 @@ class Learner:
         self._finish()
         return UpdateResult(loss, priority, value, norm, skipped)
 
-    def backward(self, batch: Batch) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
+    def backward(
+        self, batch: Batch
+    ) -> tuple[Tensor | float, Tensor | NDArray[np.float32], Tensor | float, Tensor | float]:
         """Fills the gradient; returns mean loss, priorities [B], mean value and gradient norm, all detached."""
         if self._analytic is None:
             return self.differentiate(TensorBatch.from_numpy(batch, self.device))
         loss, priority, value = self._analytic(batch)
-        return loss, torch.from_numpy(priority), float(value.mean()), self._gradient_norm()
+        self._average_gradient()
+        return loss, priority, float(value.mean()), self._analytic.norm()
 
     def differentiate(self, batch: TensorBatch) -> Measured:
         """`backward` by autograd, on any device and for all settings."""
@@ -171,14 +180,13 @@ class Learner:
         loss, priority, value = elementwise_loss(self.config, self.online, self.target, batch)
         mean_loss = losses.weighted_mean(loss, batch.weight)
         mean_loss.backward()  # type: ignore[no-untyped-call]
-        return mean_loss.detach(), priority, value.mean(), self._gradient_norm()
+        self._average_gradient()
+        return mean_loss.detach(), priority, value.mean(), torch.linalg.vector_norm(self.parameters.gradient)
 
-    def _gradient_norm(self) -> Tensor:
-        """Norm of the gradient, averaged over the processes before."""
+    def _average_gradient(self) -> None:
+        """Averages the gradient over the processes that learn together."""
         if self.average_gradient is not None:
             self.average_gradient(self.parameters.gradient)
-        norm: Tensor = torch.linalg.vector_norm(self.parameters.gradient)
-        return norm
 
     def _replayed(self, batch: TensorBatch) -> Measured:
         """The update as a captured graph, recorded when the first batch of a shape comes."""
@@ -294,6 +302,7 @@ class Learner:
             raise ValueError(f"learner state: expected online, target, optimizer and generator, got {sorted(rest)}")
         self.optimizer.state.clear()
         if state:
+            self._check_optimizer(state)
             self.optimizer.state[self.parameters.values] = {
                 name: value.to(self.device).clone() for name, value in state.items()
             }
@@ -301,6 +310,13 @@ class Learner:
         self.learner_steps = counters["learner_steps"]
         self.num_skipped = counters["num_skipped"]
         self.num_resets = counters["num_resets"]
+
+    def _check_optimizer(self, state: dict[str, Tensor]) -> None:
+        expected = AVERAGES[self.config.optimizer]
+        sizes = {name: list(value.shape) for name, value in state.items()}
+        own = list(self.parameters.values.shape)
+        if sizes.keys() != expected or any(size != ([] if name == "step" else own) for name, size in sizes.items()):
+            raise ValueError(f"state of the optimizer: expected {sorted(expected)} of shape {own}, got {sizes}")
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class NumpyNetwork:
                 (tensors[f"torso.norms.{i}.weight"], tensors[f"torso.norms.{i}.bias"])
                 for i in range(len(config.hidden_sizes) if config.layer_norm else 0)
             ]
+            self._zeros = [np.zeros_like(bias) for _, bias in self._layers]  # faster than the number
             self._head = tensors["head.layer.weight"], tensors["head.layer.bias"]
             self._obs = (tensors["obs_mean"], tensors["obs_std"]) if config.normalize_obs else None
         except KeyError as error:
@@ -72,7 +73,7 @@ class NumpyNetwork:
             x = _linear(weight, bias, x)
             if self._norms:
                 x = _layer_norm(x, *self._norms[index])
-            np.maximum(x, 0.0, out=x)
+            np.maximum(x, self._zeros[index], out=x)
         out = _linear(*self._head, x).reshape(num, -1)
         return self._read(out if self._width == 1 else out.reshape(num, -1, self._width))
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmrl.dqn.acting import check_mask, greedy_actions
-from llmrl.dqn.agent_files import read_json, read_tensors, write_json
+from llmrl.dqn.agent_files import read_json, read_tensors, restoring, write_json
 from llmrl.dqn.config import DQNConfig, NetworkConfig
 from llmrl.dqn.flat import FlatParameters
 from llmrl.dqn.losses import masked
@@ -209,20 +209,21 @@ class ReinforceAgent:
         Raises:
             ValueError: Files are missing, damaged, or of an agent of another shape.
         """
-        state = read_json(directory / "agent.json", version=FORMAT_VERSION, agent="reinforce")
-        tensors = read_tensors(directory / "agent.safetensors")
-        self.policy.load_weights(_under(tensors, "policy."))
-        self.value.load_weights(_under(tensors, "value."))
-        self.optimizer.state.clear()
-        if moments := _under(tensors, "optimizer."):
-            self.optimizer.state[self.parameters.values] = moments
-        self._finished = [
-            {name: value.numpy() for name, value in _under(tensors, f"finished.{number}.").items()}
-            for number in range(state["num_finished"])
-        ]
-        self._open = [self._open_steps(_under(tensors, f"open.{lane}.")) for lane in range(self.num_envs)]
-        self.env_steps, self.learner_steps = state["env_steps"], state["learner_steps"]
-        self._rng.bit_generator.state = state["rng"]
+        with restoring(directory):
+            state = read_json(directory / "agent.json", version=FORMAT_VERSION, agent="reinforce")
+            tensors = read_tensors(directory / "agent.safetensors")
+            self.policy.load_weights(_under(tensors, "policy."))
+            self.value.load_weights(_under(tensors, "value."))
+            self.optimizer.state.clear()
+            if moments := _under(tensors, "optimizer."):
+                self.optimizer.state[self.parameters.values] = moments
+            self._finished = [
+                {name: value.numpy() for name, value in _under(tensors, f"finished.{number}.").items()}
+                for number in range(state["num_finished"])
+            ]
+            self._open = [self._open_steps(_under(tensors, f"open.{lane}.")) for lane in range(self.num_envs)]
+            self.env_steps, self.learner_steps = state["env_steps"], state["learner_steps"]
+            self._rng.bit_generator.state = state["rng"]
 
     def _open_steps(self, columns: dict[str, Tensor]) -> list[tuple[Any, ...]]:
         if not columns:

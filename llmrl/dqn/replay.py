@@ -188,8 +188,9 @@ class ReplayBuffer:
         if index.min() < 0 or index.max() >= self.capacity:
             raise ValueError(f"index: expected 0 to {self.capacity - 1}, got {index.min()} to {index.max()}")
         fresh = self.rows.generation[index] == generation
-        if not fresh.all():
-            self.num_stale_updates += int((~fresh).sum())
+        num_stale = len(index) - int(np.count_nonzero(fresh))
+        if num_stale:
+            self.num_stale_updates += num_stale
             index, values = index[fresh], values[fresh]
         self._tree.set_later(index, self._leaf(values))
         self._raise_max_priority(float(values.max(initial=0.0)))

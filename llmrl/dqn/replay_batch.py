@@ -48,7 +48,7 @@ def build_batch(
     else:
         windows = window_slots(index, n_step, rows.num_envs, rows.capacity)
         returns = n_step_returns(
-            rows.stop, _transformed(rows.records["reward"][windows], reward_transform), windows, gamma
+            rows.stop, _transformed(rows.columns["reward"][windows], reward_transform), windows, gamma
         )
         reward, discount = returns.reward, returns.discount.astype(np.float32)
         last = rows.records.take(returns.last)

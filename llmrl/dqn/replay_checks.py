@@ -44,6 +44,7 @@ class TransitionSpec:
         self.obs_dtype = np.dtype(obs_dtype)
         self.num_actions = num_actions
         self._lanes = np.arange(num_envs)
+        self._obs_shape = (num_envs, *obs_shape)
 
     def check(
         self,
@@ -84,8 +85,8 @@ class TransitionSpec:
 
     def _observation(self, name: str, value: ArrayLike) -> NDArray[Any]:
         array = np.asarray(value)
-        if array.shape[1:] != self.obs_shape or len(array) != self.num_envs:
-            raise ValueError(f"{name}: expected shape {(self.num_envs, *self.obs_shape)}, got {array.shape}")
+        if array.shape != self._obs_shape:
+            raise ValueError(f"{name}: expected shape {self._obs_shape}, got {array.shape}")
         if array.dtype == self.obs_dtype:
             return array
         if self.obs_dtype == np.uint8 or array.dtype.kind not in "fiub":
@@ -118,9 +119,12 @@ class TransitionSpec:
         return array
 
     def _check_values(self, t: Transitions) -> None:
-        check_finite("obs", t.obs)
-        check_finite("reward", t.reward)
-        check_finite("next_obs", t.next_obs)
+        # Whatever is not finite in either makes the sum of the products so.
+        if t.obs.dtype.kind == "f" and not math.isfinite(np.vdot(t.obs, t.next_obs)):
+            check_finite("obs", t.obs)
+            check_finite("next_obs", t.next_obs)
+        if not math.isfinite(sum(t.reward.tolist())):
+            check_finite("reward", t.reward)
         chosen = t.action.tolist()
         if chosen and not (min(chosen) >= 0 and max(chosen) < self.num_actions):
             raise ValueError(f"action: expected 0 to {self.num_actions - 1}, got {chosen}")
@@ -136,13 +140,16 @@ def _all(mask: NDArray[np.bool_]) -> bool:
     return bool(np.count_nonzero(mask) == mask.size)
 
 
+def is_finite(array: NDArray[np.floating[Any]]) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    # The sum of squares of what is finite is finite, or too large, which the exact test allows.
+    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
+
+
 def check_finite(name: str, array: NDArray[Any]) -> None:
     """Raises ValueError where an array holds NaN or infinity."""
-    if array.dtype.kind != "f" or math.isfinite(np.vdot(array, array)):
-        return  # the sum of squares of what is finite is finite, or too large, which the exact test below allows
-    finite = np.isfinite(array)
-    if not finite.all():
-        raise ValueError(f"{name}: expected finite numbers, got {array[~finite].flat[0]}")
+    if array.dtype.kind == "f" and not is_finite(array):
+        raise ValueError(f"{name}: expected finite numbers, got {array[~np.isfinite(array)].flat[0]}")
 
 
 def _check_some_action(name: str, mask: NDArray[np.bool_]) -> None:

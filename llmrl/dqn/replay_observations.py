@@ -1,6 +1,6 @@
 """How a replay buffer keeps observations: vectors as pairs, stacks of image frames with every frame once.
 
-A store adds fields to the buffer's row record, fills them for new transitions, and reads batches back.
+A store adds fields to the buffer's row record, says what they hold for new transitions, and reads batches back.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ class ObservationStore(Protocol):
 
     def write(
         self,
-        records: NDArray[Any],  # [K] rows to fill
         obs: NDArray[Any],  # [K, *shape]
         next_obs: NDArray[Any],  # [K, *shape]
         lanes: NDArray[np.int64],  # [K]
-    ) -> None:
-        """Fills the fields of new rows."""
+    ) -> dict[str, NDArray[Any]]:
+        """Values [K] of the fields of new rows."""
 
     def read(self, records: NDArray[Any], side: Side) -> NDArray[Any]:  # [B] rows -> [B, *shape]
         """Observations of some rows, as new contiguous arrays."""
@@ -52,10 +51,9 @@ class PairedObservations:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.fields: list[Field] = [("obs", dtype, shape), ("next_obs", dtype, shape)]
 
-    def write(self, records: NDArray[Any], obs: NDArray[Any], next_obs: NDArray[Any], lanes: NDArray[np.int64]) -> None:
-        """Copies both observations into the rows."""
-        records["obs"] = obs
-        records["next_obs"] = next_obs
+    def write(self, obs: NDArray[Any], next_obs: NDArray[Any], lanes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Both observations go into the rows."""
+        return {"obs": obs, "next_obs": next_obs}
 
     def read(self, records: NDArray[Any], side: Side) -> NDArray[Any]:
         """Copies observations out of the rows."""
@@ -98,13 +96,14 @@ class FrameObservations:
         self.num_written = 0
         self._newest: dict[int, NDArray[np.int64]] = {}  # lane -> frame numbers of the lane's last next_obs
 
-    def write(self, records: NDArray[Any], obs: NDArray[Any], next_obs: NDArray[Any], lanes: NDArray[np.int64]) -> None:
-        """Stores the frames that are new and puts the numbers of all of them into the rows."""
-        numbers = records["frame"]  # [K, 2, stack]
+    def write(self, obs: NDArray[Any], next_obs: NDArray[Any], lanes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Stores the frames that are new; the numbers of all of them go into the rows."""
+        numbers = np.empty((len(obs), 2, self.stack), dtype=np.int64)
         for k, lane in enumerate(lanes.tolist()):
             numbers[k, 0] = self._store(obs[k], self._newest.get(lane))
             follows = np.append(numbers[k, 0, 1:], numbers[k, 0, -1:])  # where a sliding stack finds its frames
             numbers[k, 1] = self._newest[lane] = self._store(next_obs[k], follows)
+        return {"frame": numbers}
 
     def read(self, records: NDArray[Any], side: Side) -> NDArray[Any]:
         """Gathers the frames of the rows' stacks."""

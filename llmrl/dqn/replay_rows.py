@@ -44,7 +44,8 @@ class Rows:
         self.total = 0  # transitions held
         self.observations = _observation_store(spec, self.capacity)
         self.records: NDArray[Any] = np.zeros(self.capacity, dtype=_record_dtype(self.observations, spec.num_actions))
-        self.generation = self.records["generation"]  # [N] running number of the transition in each slot, -1 = none
+        self.columns: dict[str, NDArray[Any]] = {name: self.records[name] for name in self.records.dtype.names or ()}
+        self.generation = self.columns["generation"]  # [N] running number of the transition in each slot, -1 = none
         self.generation[:] = -1
         self.stop = np.ones(self.capacity, dtype=np.bool_)  # [N] no window goes on past these slots
         self.head = np.zeros(num_envs, dtype=np.int64)  # [E] row that is written next
@@ -64,12 +65,12 @@ class Rows:
     def append(self, t: Transitions) -> Changed:
         """Writes one transition in each of some lanes; a full lane loses its oldest."""
         if self.in_step and len(t.lanes) == self.num_envs:
-            return self._append_row(t)
+            return self._append_one(t) if self.num_envs == 1 and t.episode is None else self._append_row(t)
         self.in_step = False
         lanes, row = t.lanes, self.head[t.lanes]
         slots = row * self.num_envs + lanes
         self.stop[slots - self.num_envs] = ~self._begin_episodes(t, lanes)  # row -1 is the last one
-        self.records[slots] = self._filled(np.empty(len(slots), dtype=self.records.dtype), t, self.episode[lanes])
+        self._fill(slots, t, self.episode[lanes])
         self.stop[slots] = True
         self.open[lanes] = ~(t.terminated | t.truncated)
         self.head[lanes] = (row + 1) % self.num_rows
@@ -83,7 +84,7 @@ class Rows:
         first = row * num_envs
         before = (first or self.capacity) - num_envs
         self.stop[before : before + num_envs] = ~self._begin_episodes(t, slice(None))
-        self._filled(self.records[first : first + num_envs], t, self.episode)
+        self._fill(slice(first, first + num_envs), t, self.episode)
         self.stop[first : first + num_envs] = True
         np.logical_not(t.terminated | t.truncated, out=self.open)
         self.head[:] = 0 if row + 1 == self.num_rows else row + 1
@@ -91,6 +92,34 @@ class Rows:
             self.count += 1
             self.total += num_envs
         return Changed(self._lanes + first, self._drop_lost() if self.observations.loses else NONE)
+
+    def _append_one(self, t: Transitions) -> Changed:
+        """`append` where there is one lane: a record as a whole, in a fifth of the time of its fields one by one."""
+        row, going_on = self.head.item(), self.open.item()
+        terminated, truncated = t.terminated.item(), t.truncated.item()
+        if not going_on:
+            self.episode[0] = self.next_episode
+            self.next_episode += 1
+        self.stop[row - 1] = not going_on
+        self.records[row] = (
+            self.episode.item(),
+            self.next_generation,
+            *self.observations.write(t.obs, t.next_obs, t.lanes).values(),
+            t.reward.item(),
+            t.action.item(),
+            terminated,
+            truncated,
+            True if t.mask is None else t.mask,
+            True if t.next_mask is None or terminated else t.next_mask,
+        )
+        self.stop[row] = True
+        self.open[0] = not (terminated or truncated)
+        self.head[0] = 0 if row + 1 == self.num_rows else row + 1
+        self.next_generation += 1
+        if self.total < self.capacity:
+            self.count[0] += 1
+            self.total += 1
+        return Changed(self._lanes + row, self._drop_lost() if self.observations.loses else NONE)
 
     def extend(self, lane: int, t: Transitions, *, begins: bool) -> Changed:
         """Writes K <= num_rows transitions that follow each other in time into one lane.
@@ -106,7 +135,7 @@ class Rows:
         episode = np.asarray(t.episode)
         if not begins:
             self.stop[(slots[0] - self.num_envs) % self.capacity] = False
-        self.records[slots] = self._filled(np.empty(num, dtype=self.records.dtype), t, episode)
+        self._fill(slots, t, episode)
         self.stop[slots] = np.arange(num) == num - 1
         self.open[lane] = False
         self.episode[lane] = episode[-1]
@@ -195,20 +224,22 @@ class Rows:
             self.next_episode += len(starting)
         return going_on
 
-    def _filled(self, records: NDArray[Any], t: Transitions, episode: NDArray[np.int64]) -> NDArray[Any]:
-        """Fills records [K] with transitions, numbered on from the last, and returns them."""
-        num = len(records)
-        records["episode"] = episode
-        records["generation"] = np.arange(self.next_generation, self.next_generation + num)
-        records["action"] = t.action
-        records["reward"] = t.reward
-        records["terminated"] = t.terminated
-        records["truncated"] = t.truncated
-        records["mask"] = True if t.mask is None else t.mask
-        records["next_mask"] = True if t.next_mask is None else t.next_mask | t.terminated[:, None]
-        self.observations.write(records, t.obs, t.next_obs, t.lanes)
+    def _fill(self, slots: NDArray[np.int64] | slice, t: Transitions, episode: NDArray[np.int64]) -> None:
+        """Writes K transitions into K slots, numbered on from the last."""
+        column, num = self.columns, len(t.action)
+        column["episode"][slots] = episode
+        column["generation"][slots] = np.arange(self.next_generation, self.next_generation + num)
+        column["action"][slots] = t.action
+        column["reward"][slots] = t.reward
+        column["terminated"][slots] = t.terminated
+        column["truncated"][slots] = t.truncated
+        column["mask"][slots] = True if t.mask is None else t.mask
+        column["next_mask"][slots] = True if t.next_mask is None else t.next_mask
+        if t.next_mask is not None and np.count_nonzero(t.next_mask) < t.next_mask.size:
+            column["next_mask"][slots] |= t.terminated[:, None]  # without meaning there, but never all False
+        for name, values in self.observations.write(t.obs, t.next_obs, t.lanes).items():
+            column[name][slots] = values
         self.next_generation += num
-        return records
 
     def _drop_lost(self) -> NDArray[np.int64]:
         """Forgets the oldest transitions of lanes whose frames have been overwritten; recounts the rest."""

@@ -126,8 +126,8 @@ class StoredReplay:
                 raise ValueError(f"{self.path}: expected {len(slots)} transitions in lane {lane}, got {len(places)}")
             for start in range(0, len(slots), CHUNK_ROWS):
                 piece = slice(start, start + CHUNK_ROWS)
-                for name in rows.records.dtype.names or ():
-                    rows.records[name][slots[piece]] = self._columns[name][places[piece]]
+                for name, column in rows.columns.items():
+                    column[slots[piece]] = self._columns[name][places[piece]]
             rows.stop[slots[:-1]] = self.begins[places[1:]]
         if isinstance(rows.observations, FrameObservations):
             rows.observations.restore(self._tables["frames"].columns["frames"], self.manifest["first_frame"])
@@ -223,7 +223,7 @@ def _row_table(rows: Rows) -> TableType:
 def _row_chunks(rows: Rows, slots: NDArray[np.int64]) -> Iterator[Chunk]:
     for start in range(0, len(slots), CHUNK_ROWS):
         piece = slots[start : start + CHUNK_ROWS]
-        chunk = {name: rows.records[name][piece] for name in rows.records.dtype.names or ()}
+        chunk = {name: column[piece] for name, column in rows.columns.items()}
         environment = (piece % rows.num_envs).astype(np.int32)
         yield {**chunk, "environment": environment, "begins": rows.begins(piece)}
 

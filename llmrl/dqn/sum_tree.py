@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FAN_OUT = 16
+PREFIX = np.triu(np.ones((FAN_OUT, FAN_OUT + 1)), 1)  # a product with it is `cumsum` behind a 0, four times as fast
 MAX_TOP_NODES = 4096
 MAX_STALE = 4096  # changes that may wait, so that a long time without a draw costs no memory
 
@@ -44,7 +45,7 @@ class SumTree:
         self._levels = [np.zeros(num) for num in padded]  # leaves first
         self._families = [level.reshape(-1, FAN_OUT) for level in self._levels[:-1]]  # row p: the children of node p
         self._stale: list[NDArray[np.int64]] = []  # leaves whose ancestors are not recomputed yet
-        self._prefix: NDArray[np.float64] | None = None  # prefix sums of the top level
+        self._prefix: NDArray[np.float64] | None = None  # 0 and the prefix sums of the top level
 
     @property
     def leaves(self) -> NDArray[np.float64]:  # [N], read-only
@@ -132,13 +133,27 @@ class SumTree:
     def _find(self, mass: NDArray[np.float64]) -> NDArray[np.int64]:
         """`find` without checks."""
         prefix = self._top_prefix()
-        node = prefix.searchsorted(mass, side="right")
-        if not self._families:
-            return node
-        rest = mass - np.where(node > 0, prefix.take(node - 1), 0.0)
-        for family in self._families[:0:-1]:
+        node = prefix.searchsorted(mass, side="right") - 1
+        rest = mass - prefix.take(node)
+        for family in reversed(self._families):
             node, rest = _descend(family, node, rest)
-        return _child(self._families[0], node, rest)[0]
+        priority = self._levels[0].take(node)
+        if np.count_nonzero(priority) < len(priority):  # a product may round the same sum differently
+            for k in np.flatnonzero(priority == 0):
+                node[k] = self._find_one(float(mass[k]))
+        return node
+
+    def _find_one(self, mass: float) -> int:
+        """`find` of one mass child by child, with sums that are exactly the same behind a leaf of priority 0."""
+        node, rest = 0, mass
+        for family in (self._levels[-1][None], *reversed(self._families)):
+            children = family[node]
+            prefix = children.cumsum()
+            rest = min(rest, float(np.nextafter(prefix[-1], 0.0)))
+            place = int(prefix.searchsorted(rest, side="right"))
+            rest -= float(prefix[place - 1]) if place else 0.0
+            node = node * len(children) + place
+        return node
 
     def _check(self, index: NDArray[np.int64], priority: NDArray[np.float64]) -> None:
         if priority.ndim and priority.shape != index.shape:
@@ -154,7 +169,7 @@ class SumTree:
         node = index
         for children, parents in zip(self._families, self._levels[1:], strict=True):
             node = node // FAN_OUT
-            parents[node] = children.take(node, axis=0).sum(axis=1)
+            parents[node] = np.einsum("ij->i", children.take(node, axis=0))  # half the time of `sum`
 
     def _refresh(self) -> None:
         """Recomputes what `set_later` has left."""
@@ -166,30 +181,21 @@ class SumTree:
     def _top_prefix(self) -> NDArray[np.float64]:
         self._refresh()
         if self._prefix is None:
-            self._prefix = self._levels[-1].cumsum()
+            self._prefix = np.zeros(len(self._levels[-1]) + 1)
+            np.cumsum(self._levels[-1], out=self._prefix[1:])
         return self._prefix
 
 
-def _child(
+def _descend(
     family: NDArray[np.float64],  # [P, FAN_OUT] children of every node
     node: NDArray[np.int64],  # [B] nodes to descend from
     rest: NDArray[np.float64],  # [B] mass to find within the node
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """The child in which each mass falls, its place [B] in its family, and the prefix sums and mass that found it."""
-    prefix = family.take(node, axis=0).cumsum(axis=1)  # [B, FAN_OUT]
-    end = prefix[:, -1]
-    if (rest >= end).any():  # the sum of a node rounds differently from its place in its parent's prefix
-        rest = np.minimum(rest, np.nextafter(end, 0.0))
-    place = (prefix > rest[:, None]).argmax(axis=1)
-    return node * FAN_OUT + place, place, prefix, rest
-
-
-def _descend(
-    family: NDArray[np.float64],  # [P, FAN_OUT]
-    node: NDArray[np.int64],  # [B]
-    rest: NDArray[np.float64],  # [B]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The child in which each mass falls, and what is left of the mass within that child."""
-    child, place, prefix, rest = _child(family, node, rest)
-    before = prefix.ravel().take(np.arange(0, prefix.size, FAN_OUT) + place - 1)  # without meaning for place 0
-    return child, rest - np.where(place > 0, before, 0.0)
+    prefix = family.take(node, axis=0).dot(PREFIX)  # [B, 1 + FAN_OUT]
+    end = prefix[:, -1]
+    if np.count_nonzero(rest >= end):  # the sum of a node rounds differently from its place in its parent's prefix
+        rest = np.minimum(rest, np.nextafter(end, 0.0))
+    place = (prefix[:, 1:] > rest[:, None]).argmax(axis=1)
+    before = prefix.ravel().take(np.arange(0, prefix.size, FAN_OUT + 1) + place)
+    return node * FAN_OUT + place, rest - before

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from llmrl.dqn.acting import check_mask, greedy_actions
 from llmrl.dqn.agent import make_exploration
-from llmrl.dqn.agent_files import read_json, read_tensors, write_json
+from llmrl.dqn.agent_files import read_json, read_tensors, restoring, write_json
 from llmrl.dqn.config import DQNConfig
 from llmrl.dqn.exploration import GREEDY
 
@@ -196,19 +196,20 @@ class TabularAgent:
         Raises:
             ValueError: Files are missing, damaged, or of an agent of another shape.
         """
-        state = read_json(directory / "agent.json", version=FORMAT_VERSION, agent="tabular")
-        tensors = {name: value.numpy() for name, value in read_tensors(directory / "table.safetensors").items()}
-        table = QTable(self.num_actions, int(np.prod(self.obs_shape)))
-        expected = {"keys": table.keys.shape[1], "values": self.num_actions, "visits": self.num_actions}
-        got = {name: value.shape[1] for name, value in tensors.items()}
-        if got != expected:
-            raise ValueError(f"{directory}: expected a table of widths {expected}, got {got}")
-        for key in tensors["keys"]:
-            table.row(key)
-        num = len(table.rows)
-        table.values[:num], table.visits[:num] = tensors["values"], tensors["visits"]
-        self.table = table
-        self.resolution = float(state["resolution"])
-        self.env_steps, self.learner_steps = state["env_steps"], state["learner_steps"]
-        self.exploration.load_state_dict(state["exploration"])
-        self._pending.clear()
+        with restoring(directory):
+            state = read_json(directory / "agent.json", version=FORMAT_VERSION, agent="tabular")
+            tensors = {name: value.numpy() for name, value in read_tensors(directory / "table.safetensors").items()}
+            table = QTable(self.num_actions, int(np.prod(self.obs_shape)))
+            expected = {"keys": table.keys.shape[1], "values": self.num_actions, "visits": self.num_actions}
+            got = {name: value.shape[1] for name, value in tensors.items()}
+            if got != expected:
+                raise ValueError(f"{directory}: expected a table of widths {expected}, got {got}")
+            for key in tensors["keys"]:
+                table.row(key)
+            num = len(table.rows)
+            table.values[:num], table.visits[:num] = tensors["values"], tensors["visits"]
+            self.table = table
+            self.resolution = float(state["resolution"])
+            self.env_steps, self.learner_steps = state["env_steps"], state["learner_steps"]
+            self.exploration.load_state_dict(state["exploration"])
+            self._pending.clear()

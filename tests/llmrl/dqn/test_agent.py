@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmrl.dqn.acting import greedy_actions, random_actions
 from llmrl.dqn.agent import Agent, DQNAgent
@@ -297,6 +298,59 @@ def test_damaged_checkpoints_say_what_was_expected(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="expected a safetensors file"):
         agent().load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["counters", "env_steps", "scheduled_updates", "exploration", "sample_rng"])
+def test_a_state_that_lacks_something_is_refused(tmp_path: Path, key: str) -> None:
+    learning = agent()
+    World(0).play(learning, 10)
+    learning.save(tmp_path)
+    state = json.loads((tmp_path / "agent.json").read_text())
+    del state[key]
+    (tmp_path / "agent.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"expected the whole state of an agent, got KeyError\\('{key}'"):
+        agent().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("generator", None, "expected the whole state of an agent, got KeyError"),
+        ("generator", torch.zeros(3, dtype=torch.uint8), "expected the whole state of an agent, got RuntimeError"),
+        ("statistics.mean", None, "expected the whole state of an agent, got KeyError"),
+        ("online.head.layer.bias", None, "network weights: expected"),
+        ("online.head.layer.bias", torch.zeros(99), r"expected \[5\] torch.float32, got \[99\] torch.float32"),
+        ("optimizer.exp_avg", None, "state of the optimizer: expected"),
+        ("optimizer.exp_avg", torch.zeros(7), "state of the optimizer: expected"),
+        ("surplus", torch.zeros(7), "learner state: expected online, target, optimizer and generator, got"),
+    ],
+)
+def test_tensors_that_are_not_the_agents_are_refused(
+    tmp_path: Path, name: str, value: torch.Tensor | None, message: str
+) -> None:
+    learning = agent()
+    World(0).play(learning, 10)
+    learning.save(tmp_path)
+    tensors = load_file(tmp_path / "learner.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value
+    save_file(tensors, tmp_path / "learner.safetensors")
+    with pytest.raises(ValueError, match=message):
+        agent().load(tmp_path)
+
+
+def test_a_file_of_the_first_version_without_acting_noise_loads(tmp_path: Path) -> None:
+    learning = agent()
+    World(0).play(learning, 20)
+    learning.save(tmp_path)
+    tensors = load_file(tmp_path / "learner.safetensors")
+    del tensors["acting_noise"]
+    save_file(tensors, tmp_path / "learner.safetensors")
+    resumed = agent(seed=7)
+    resumed.load(tmp_path)
+    assert World(1).play(resumed, 20) == World(1).play(learning, 20)
 
 
 def test_images_are_learned_from() -> None:

@@ -79,7 +79,7 @@ def test_it_is_what_autograd_gives(changes: dict[str, Any], num: int) -> None:
     torch.testing.assert_close(written, learner.parameters.gradient, rtol=1e-4, atol=1e-6)
     assert written.abs().sum() > 0
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
-    torch.testing.assert_close(priority, expected_priority)
+    torch.testing.assert_close(torch.from_numpy(priority), expected_priority)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-5)
 
 

@@ -8,7 +8,9 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from llmrl.dqn.agent import DQNAgent
 from llmrl.dqn.collector import Collector
+from llmrl.dqn.config import DQNConfig
 from llmrl.dqn.lanes import episode_seed
 
 NUM_ACTIONS = 3
@@ -338,3 +340,40 @@ def test_a_state_within_an_episode_needs_an_environment_that_can_take_it():
     _, collector, _ = collect(Resumable(4), 6)
     with pytest.raises(ValueError, match="expected an environment with load_state_dict"):
         Collector(Corridor(), ScriptedAgent(), seed=0).load_state_dict(collector.state_dict())
+
+
+class Broken(Corridor):
+    """An environment whose third step brings something that cannot be learned from."""
+
+    def __init__(self, **values):
+        super().__init__(length=9)
+        self.values = values
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.time < 3:
+            return obs, reward, terminated, truncated, info
+        info = {"action_mask": self.values.get("mask", info["action_mask"])}
+        return self.values.get("obs", obs), self.values.get("reward", reward), terminated, truncated, info
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"obs": np.array([0.0, np.nan])}, "next_obs: expected finite numbers, got nan"),
+        ({"reward": np.nan}, "reward: expected finite numbers, got nan"),
+        ({"mask": np.zeros(NUM_ACTIONS, dtype=np.int8)}, "next_mask: expected at least one available action"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused_when_it_comes(lanes, values, message):
+    broken = Broken(**values)
+    env = broken if lanes == 1 else vector(AutoresetMode.NEXT_STEP, [Corridor, lambda: broken])
+    config = DQNConfig(hidden_sizes=(4,), replay_capacity=20, learning_starts=20)
+    agent = DQNAgent(config, num_envs=lanes, obs_shape=(2,), num_actions=NUM_ACTIONS)
+    collector = Collector(env, agent, seed=0)
+    collector.step()
+    collector.step()
+    with pytest.raises(ValueError, match=message):
+        collector.step()
+    assert agent.env_steps == len(agent.replay) == 2 * lanes

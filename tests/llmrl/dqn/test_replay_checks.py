@@ -122,3 +122,39 @@ def test_bad_priorities_are_refused(priority, message):
     batch = draw(replay, 2)
     with pytest.raises(ValueError, match=message):
         replay.update_priorities(batch.index, batch.generation, priority)
+
+
+@pytest.mark.parametrize("index", [[0, 5], [-1, 0]])
+def test_priorities_of_slots_that_are_not_there_are_refused(index):
+    replay = filled(5, sampling="prioritized")
+    with pytest.raises(ValueError, match="index: expected 0 to 4, got"):
+        replay.update_priorities(np.array(index), np.array([0, 0]), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"obs": np.array([[np.nan]])}, "obs: expected finite numbers, got nan"),
+        ({"obs": np.array([[0.0]]), "next_obs": np.array([[-np.inf]])}, "next_obs: expected finite numbers, got -inf"),
+        ({"reward": np.array([np.inf])}, "reward: expected finite numbers, got inf"),
+        ({"action": np.array([2])}, r"action: expected 0 to 1, got \[2\]"),
+        ({"next_mask": np.array([[False, False]])}, "next_mask: expected at least one available action"),
+    ],
+)
+def test_a_single_lane_is_looked_at_like_many(changes, message):
+    replay = ReplayBuffer(4, 1, (1,), 2)
+    end = np.array([False])
+    step = {"obs": np.ones((1, 1)), "action": np.array([0]), "reward": np.array([1.0]), "next_obs": np.ones((1, 1))}
+    replay.add(**step, terminated=end, truncated=end)
+    with pytest.raises(ValueError, match=message):
+        replay.add(**{**step, **changes}, terminated=end, truncated=end)
+    assert len(replay) == 1
+
+
+def test_what_is_large_and_finite_is_taken():
+    replay = ReplayBuffer(4, 1, (2,), 2)
+    large = np.full((1, 2), 3e38, dtype=np.float32)
+    replay.add(large, [0], [3e38], [False], [False], -large)
+    batch = draw(replay, 1)
+    assert batch.obs.tolist() == large.tolist()
+    assert batch.reward.tolist() == [np.float32(3e38)]

@@ -37,7 +37,10 @@ COLUMNS = [
     "terminated",
     "truncated",
     "mask",
+    "next_mask",
     "episode",
+    "generation",
+    "environment",
     "begins",
     "rows_checksum",
 ]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrl.dqn import sum_tree
 from llmrl.dqn.sum_tree import SumTree
 
 CAPACITIES = [1, 2, 3, 63, 64, 65, 100, 4096, 100_000]
@@ -63,6 +64,7 @@ def test_agrees_with_the_naive_tree_wherever_sums_are_exact(program, data):
     mass = data.draw(st.floats(0, naive.total, exclude_max=True))
     places = [0.0, mass, float(int(mass)), math.nextafter(naive.total, 0.0)]
     assert tree.find(places).tolist() == [naive.find(place) for place in places]
+    assert [tree._find_one(place) for place in places] == [naive.find(place) for place in places]
 
 
 heavy_tailed = st.one_of(st.just(0.0), st.floats(1e-12, 1e12))
@@ -134,6 +136,13 @@ def test_a_leaf_without_priority_is_never_drawn(capacity):
     tree.set(np.arange(capacity), np.where(positive, rng.random(capacity) ** 8 + 1e-300, 0.0))
     drawn = tree.sample(20_000, rng)
     assert positive[drawn].all()
+
+
+def test_nor_is_it_where_a_product_rounds_the_same_sum_differently(monkeypatch):
+    tree = SumTree(5000)
+    tree.set([16, 31, 40], 1.0)
+    monkeypatch.setattr(sum_tree, "PREFIX", sum_tree.PREFIX * (1 + 1e-12 * np.arange(sum_tree.FAN_OUT + 1)))
+    assert tree.find([0.0, 1.0 + 8e-12, 2.0]).tolist() == [16, 31, 40]  # the second would fall on a leaf without
 
 
 @pytest.mark.parametrize(("capacity", "seed"), [(5, 0), (100, 1), (5000, 2)])
