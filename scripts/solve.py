@@ -323,20 +323,34 @@ def interval(values: NDArray[np.float64], num_draws: int = 2000) -> tuple[float,
     return float(low), float(high)
 
 
-def solve(name: str, steps: int, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """One seed: training, then greedy episodes."""
-    problem = problem_of(name)
-    env, training = problem.make(), (problem.make_training or problem.make)()
+def settings_of(problem: Problem, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """The problem's settings with changes; a rate that decays over the run does so for another replay ratio too."""
+    settings = problem.settings(steps)
+    if "replay_ratio" in changes and "learning_rate_decay_steps" in settings:
+        settings["learning_rate_decay_steps"] = max(int(steps * changes["replay_ratio"]), 1)
+    return {**settings, **changes}
+
+
+def new_agent(problem: Problem, steps: int, seed: int, changes: dict[str, Any]) -> tuple[DQNAgent, Any]:
+    """The agent that a problem asks for, and the environment in which it trains."""
+    training = (problem.make_training or problem.make)()
+    env = problem.make()
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Box)
-    config = DQNConfig(**{**problem.settings(steps), **changes, "seed": seed})
     agent = DQNAgent(
-        config,
+        DQNConfig(**{**settings_of(problem, steps, changes), "seed": seed}),
         num_envs=getattr(training, "num_envs", 1),
         obs_shape=space.shape,
         num_actions=int(env.action_space.n),  # type: ignore[attr-defined]
         obs_dtype=np.uint8 if space.dtype == np.uint8 else np.float32,
     )
+    return agent, training
+
+
+def solve(name: str, steps: int, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """One seed: training, then greedy episodes."""
+    problem = problem_of(name)
+    agent, training = new_agent(problem, steps, seed, changes)
     speed = train(agent, training, steps, seed)
     returns = evaluate(agent, problem.make, problem.num_episodes, seed)
     return {
@@ -386,7 +400,7 @@ def summary(name: str, steps: int, results: list[dict[str, Any]], changes: dict[
         "ci_low": low,
         "ci_high": high,
         "env_steps_per_second": float(np.median([result["env_steps_per_second"] for result in results])),
-        "settings": {**problem_of(name).settings(steps), **changes},
+        "settings": settings_of(problem_of(name), steps, changes),
         "seeds": results,
         "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
     }
