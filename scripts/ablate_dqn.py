@@ -8,7 +8,7 @@ The base is the problem's setting in `solve.py` with everything off that a row t
 trains, as `solve.py` does, from the same seeds; the difference to the base is taken seed by seed. Rows whose name
 begins with "logs" learn from the replay of the base's run alone, with no step in the environment. The output holds
 {env, steps, seeds, rows: [{name, changes, returns, mean, difference, ci_low, ci_high, details}]}; the interval is the
-95 % bootstrap of the mean difference over seeds, and with few seeds it is wide: rows whose interval holds 0 are not told
+95 % bootstrap of the mean difference over seeds. With few seeds it is wide: rows whose interval holds 0 are not told
 apart by this problem. `--table` prints the rows of a finished file for a page.
 """
 
@@ -48,7 +48,7 @@ def rows(env: str, steps: int, num_actions: int, settings: DQNConfig) -> dict[st
         "n_step 1": {"n_step": 1},
         "n_step 10": {"n_step": 10},
         "n_step 10 to base": {"n_step": 10, "n_step_end": settings.n_step, **schedule},
-        "gamma 0.9 to base": {"gamma": 0.9, "gamma_end": settings.gamma, **schedule},
+        "gamma 0.9 to base": {"gamma": 0.9, "gamma_end": min(settings.gamma, 0.999), **schedule},
         "squared loss": {"loss": "squared"},
         "copied target, every 200": {"target_ema": 1.0, "target_update_period": 200},
         "no gradient clipping": {"max_grad_norm": None},
