@@ -119,15 +119,20 @@ def summary(name: str, changes: dict[str, Any], runs: list[dict[str, Any]], base
 
 
 def table(report: dict[str, Any]) -> str:
-    """The rows as Markdown, the best first behind the base."""
-    lines = ["| change | return | difference to the base | lowest seed |", "|---|---|---|---|"]
-    ordered = sorted(report["rows"], key=lambda row: (row["name"] != "base", -row["mean"]))
-    for row in ordered:
+    """The rows as Markdown, the best first behind the base; further columns are means over seeds."""
+    more = list(report["rows"][0]["details"])
+    head = ["change", "return", "difference to the base", "lowest seed", *(name.replace("_", " ") for name in more)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in sorted(report["rows"], key=lambda row: (row["name"] != "base", -row["mean"])):
         spread = f"{row['difference']:+.3g} [{row['ci_low']:+.3g}, {row['ci_high']:+.3g}]"
-        lines.append(
-            f"| {row['name']} | {row['mean']:.4g} | {'' if row['name'] == 'base' else spread} "
-            f"| {min(row['returns']):.4g} |"
-        )
+        cells = [
+            row["name"],
+            f"{row['mean']:.4g}",
+            "" if row["name"] == "base" else spread,
+            f"{min(row['returns']):.4g}",
+        ]
+        cells += [f"{np.mean(row['details'][name]):.2g}" if name in row["details"] else "" for name in more]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
