@@ -36,11 +36,12 @@ def base_changes() -> dict[str, Any]:
 
 
 def rows(env: str, steps: int, num_actions: int, settings: DQNConfig) -> dict[str, dict[str, Any]]:
-    """Name of a row to what it changes of the base."""
+    """Name of a row to what it changes of the base; without those that the problem's setting holds already."""
     updates = max(int(steps * settings.replay_ratio), 4)
     low, high = RETURN_RANGE.get(env, (-10.0, 10.0))
     quarter = {"reset_period": updates // 4, "reset_until_learner_steps": updates * 3 // 4}
     schedule = {"horizon_learner_steps": updates // 2}
+    end = min(settings.gamma, 0.999)
     found: dict[str, dict[str, Any]] = {
         "base": {},
         "no double": {"double": False},
@@ -48,7 +49,7 @@ def rows(env: str, steps: int, num_actions: int, settings: DQNConfig) -> dict[st
         "n_step 1": {"n_step": 1},
         "n_step 10": {"n_step": 10},
         "n_step 10 to base": {"n_step": 10, "n_step_end": settings.n_step, **schedule},
-        "gamma 0.9 to base": {"gamma": 0.9, "gamma_end": min(settings.gamma, 0.999), **schedule},
+        "a third of the horizon to base": {"gamma": round(1 - 3 * (1 - end), 6), "gamma_end": end, **schedule},
         "squared loss": {"loss": "squared"},
         "copied target, every 200": {"target_ema": 1.0, "target_update_period": 200},
         "no gradient clipping": {"max_grad_norm": None},
@@ -76,7 +77,12 @@ def rows(env: str, steps: int, num_actions: int, settings: DQNConfig) -> dict[st
     }
     if num_actions == 4:
         found["branches"] = {"branches": (2, 2)}
-    return found
+    given = settings.model_dump()
+    return {
+        name: changes
+        for name, changes in found.items()
+        if name == "base" or name.startswith("logs") or any(given[flag] != value for flag, value in changes.items())
+    }
 
 
 def play(env: str, steps: int, seed: int, changes: dict[str, Any], *, from_logs: bool) -> dict[str, Any]:

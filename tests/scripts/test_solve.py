@@ -49,7 +49,7 @@ def test_every_row_of_an_ablation_changes_the_agent(scripts, env):
     found = rows(env, 1_000, 4, base)
     for name, changes in found.items():
         config = DQNConfig(**settings_of(problem, 1_000, base_changes() | changes))
-        assert (config != base) == (name != "base" and any(getattr(base, k) != getattr(config, k) for k in changes))
+        assert (config == base) == (name == "base" or (name == "logs" and base.n_step == 1))
     flags = {flag for changes in found.values() for flag in changes}
     assert {"double", "dueling", "n_step", "munchausen", "head", "branches", "noisy", "sampling"} <= flags
 
