@@ -1,0 +1,73 @@
+"""Settings of the small problems, and the ablation over them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmrl.dqn.config import DQNConfig
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts, importable as they are when one is run."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield
+    for name in ("solve", "catch", "ablate_dqn"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("steps", [1, 20_000, 500_000])
+def test_every_problem_has_settings_for_any_number_of_steps(scripts, steps):
+    from solve import PROBLEMS, settings_of
+
+    for problem in PROBLEMS.values():
+        DQNConfig(**settings_of(problem, steps, {}))
+
+
+def test_the_rate_decays_over_the_run_for_another_replay_ratio_too(scripts):
+    from solve import problem_of, settings_of
+
+    problem = problem_of("CartPole-v1")
+    assert settings_of(problem, 1_000, {"replay_ratio": 2.0})["learning_rate_decay_steps"] == 2_000
+    given = {"replay_ratio": 2.0, "learning_rate_decay_steps": 7}
+    assert settings_of(problem, 1_000, given)["learning_rate_decay_steps"] == 7
+
+
+@pytest.mark.parametrize("env", ["GridWorld", "CartPole-v1", "NoisyQuadratic"])
+def test_every_row_of_an_ablation_changes_the_agent(scripts, env):
+    from ablate_dqn import base_changes, rows
+    from solve import problem_of, settings_of
+
+    problem = problem_of(env)
+    base = DQNConfig(**settings_of(problem, 1_000, base_changes()))
+    found = rows(env, 1_000, 4, base)
+    for name, changes in found.items():
+        config = DQNConfig(**settings_of(problem, 1_000, base_changes() | changes))
+        assert (config == base) == (name == "base" or (name == "logs" and base.n_step == 1))
+    flags = {flag for changes in found.values() for flag in changes}
+    assert {"double", "dueling", "n_step", "munchausen", "head", "branches", "noisy", "sampling"} <= flags
+
+
+def test_an_ablation_compares_with_the_base_and_learns_from_logs(scripts, tmp_path, capsys):
+    from ablate_dqn import main
+
+    output = tmp_path / "ablation.json"
+    arguments = ["GridWorld", "--steps", "150", "--seeds", "2", "--output", str(output)]
+    main([*arguments, "--only", "no double", "logs, conservative"])
+    report = json.loads(output.read_text())
+    assert [row["name"] for row in report["rows"]] == ["base", "no double", "logs, conservative"]
+    base, other, _ = report["rows"]
+    assert base["difference"] == 0.0
+    assert other["difference"] == pytest.approx(other["mean"] - base["mean"])
+    assert len(other["details"]["max_q_error"]) == 2
+    capsys.readouterr()
+    main([*arguments, "--table"])
+    assert "| no double |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--only", "no such row"])
