@@ -139,6 +139,8 @@ class EnvConfig(Settings):
             raise ValueError(f"{FINE_TUNING_ID} needs env.tasks.tasks: a list of at least one task")
         if self.population == "auto" and (self.id != FINE_TUNING_ID or self.vectorization != "population"):
             raise ValueError("env.population auto is for the population of fine-tuning jobs; otherwise give a number")
+        if self.reward.baseline == "hold" and self.groups == 1:
+            raise ValueError("env.reward.baseline hold needs env.groups of at least 2: a job of each group holds")
         if self.groups > 1 and (self.vectorization != "population" or self.population == 1):
             raise ValueError("env.groups needs env.vectorization population and env.population of at least as many")
         unread = _UNREAD.get(self.id, _UNREAD_ELSEWHERE)
@@ -214,7 +216,9 @@ class TrainingConfig(Settings):
 
     Attributes:
         decisions: Decisions taken in all environments of all processes together.
-        demonstrations: Episodes of known schedules put into the replay before learning starts.
+        demonstrations: Episodes that a script plays into the replay before the agent acts; updates go on meanwhile.
+        demonstrator: What the script plays: `schedules`, known ones (linear, cosine, warm-up-stable-decay) at random
+            levels; `deviations`, holding with a move or two, another one in each job of a group.
         checkpoint_period_episodes: Episodes between checkpoints.
         evaluation_period_episodes: Episodes between evaluations of the greedy policy; 0 evaluates at the end only.
         evaluation_episodes: Episodes of one evaluation.
@@ -224,6 +228,7 @@ class TrainingConfig(Settings):
 
     decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
+    demonstrator: Literal["schedules", "deviations"] = "schedules"
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
     evaluation_episodes: int = Field(default=8, ge=1)

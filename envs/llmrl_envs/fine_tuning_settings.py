@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
@@ -62,11 +63,19 @@ class FineTuningSettings:
         shown = {"stack": 3, "feature_dropout": 0.0, "validation_visible": 0.0, **(observation or {})}
         dropout, visible = float(shown.pop("feature_dropout")), float(shown.pop("validation_visible"))
         table = action_table(actions)
+        reward_spec = RewardSpec(**(reward or {}))
+        if visible > 0.0 and reward_spec.measured == "end":
+            raise UserError(
+                "a validation loss that is measured at the end of a job alone cannot be shown before",
+                expected="0, or reward.measured decisions",
+                got=visible,
+                where="observation.validation_visible",
+            )
         return cls(
             tasks=given if isinstance(given, TaskDistribution) else TaskDistribution.model_validate(given),
             table=table,
             observation_spec=ObservationSpec(table, **shown),
-            reward_spec=RewardSpec(**(reward or {})),
+            reward_spec=reward_spec,
             schedule=ScheduleSettings(**(schedule or {})),
             feature_dropout=dropout,
             validation_visible=visible,

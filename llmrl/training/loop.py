@@ -9,6 +9,7 @@ Under `accelerate launch` every process runs this loop with environments and a r
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from llmrl.failures import print_message
 from llmrl.run_directory import atomic_write_text, create_run_directory
 from llmrl.training.checkpoint import CHECKPOINTS
 from llmrl.training.demonstrations import Demonstrator
+from llmrl.training.deviations import Deviator
 from llmrl.training.evaluation import Evaluator
 from llmrl.training.experience import take_experience
 from llmrl.training.export import TrainedAgent, export_policy_folder
@@ -109,7 +111,7 @@ class TrainingRun:
         self.env = make_environment(env_config, self._library)
         self.agent = make_agent(config, self.env, self.processes)
         self._evaluator = Evaluator(
-            make_single_environment(env_config, self._library),
+            make_single_environment(_alone(env_config), self._library),
             self.agent,
             seed=config.seed,
             num_episodes=config.training.evaluation_episodes,
@@ -167,15 +169,19 @@ class TrainingRun:
         if metrics is not None:
             self._learner_metrics = metrics
 
-    def _demonstrator(self) -> Demonstrator:
-        if not isinstance(self.collector.agent, Demonstrator) or self.collector.at_episode_boundary:
+    def _demonstrator(self) -> Demonstrator | Deviator:
+        present = self.collector.agent
+        if not isinstance(present, Demonstrator | Deviator) or self.collector.at_episode_boundary:
             language = schedule_language(self.env)
             if language is None:
                 raise UserError("this environment has no demonstrations", expected="0", where="training.demonstrations")
             seed = process_seed(self.config.seed, self.processes.rank)
             rng = np.random.default_rng([seed, 11, self.num_episodes])
+            if self.config.training.demonstrator == "deviations":
+                groups = self.config.env.groups
+                return Deviator(self.agent, *language[:2], self.collector.num_envs, groups, rng)
             return Demonstrator(self.agent, *language, self.collector.num_envs, rng)
-        return self.collector.agent
+        return present
 
     def _epsilon(self) -> float:
         return float(getattr(self.agent, "epsilon", 0.0))
@@ -319,6 +325,13 @@ class TrainingRun:
             self.recorder.row({"kind": "resumed", "processes_before": before, "processes": now})
             text = f"the checkpoint is of {before} process(es), now there are {now}: experience divided, episodes new"
             print_message("resumed", text, style="yellow")
+
+
+def _alone(config: EnvConfig) -> EnvConfig:
+    """The environment of an evaluation: a single job has no member beside it to be compared with; scores need none."""
+    if config.reward.baseline != "hold":
+        return config
+    return config.model_copy(update={"reward": dataclasses.replace(config.reward, baseline="none")})
 
 
 def _own_devices(config: EnvConfig) -> EnvConfig:
