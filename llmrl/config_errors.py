@@ -106,7 +106,7 @@ def problems_of(
         if group[0]["type"] == "too_short" and any(other.startswith(f"{key}.") for other in by_key)
     }
     return [
-        _problem(group, key, _place(key, source, lines, overridden), model)
+        _problem(group, key, place_of(key, source, lines, overridden), model)
         for key, group in by_key.items()
         if key not in consequences
     ]
@@ -134,7 +134,8 @@ def _has(value: Any, item: str | int) -> bool:
     return isinstance(value, list | tuple) and isinstance(item, int) and item < len(value)
 
 
-def _place(key: str, source: str, lines: Mapping[str, int], overridden: Collection[str]) -> str:
+def place_of(key: str, source: str, lines: Mapping[str, int], overridden: Collection[str]) -> str:
+    """Where a dotted key stands: on the command line, or in the file `source`, in which line; see `problems_of`."""
     if key in overridden:
         return f"command line, {key}"
     parent = key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from llmrl_envs.errors import UserError
 from pydantic import ValidationError
 
 from llmrl.config import CONFIG_MODELS, CompareConfig, ConfigKind, FinetuneConfig, Settings, TrainConfig
-from llmrl.config_errors import Problem, combine_problems, problems_of
+from llmrl.config_errors import Problem, combine_problems, place_of, problems_of
 
 KIND_KEYS: Mapping[ConfigKind, frozenset[str]] = {
     "train": frozenset({"env", "agent", "training"}),
@@ -20,6 +21,8 @@ KIND_KEYS: Mapping[ConfigKind, frozenset[str]] = {
     "compare": frozenset({"tasks", "methods", "learning_rate_factors", "seeds", "oracle_factors", "workers"}),
 }
 """Top-level keys that only one kind of configuration has."""
+
+_VARIABLE = re.compile(r"\$\{env:(\w+)\}")
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -123,6 +126,30 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             raise UserError(f"{key} leads through a value", expected=expected, got=repr(target), where="command line")
 
 
+def expand_environment(value: Any, key: str = "") -> tuple[Any, dict[str, str]]:
+    """Puts the values of environment variables where a text says `${env:NAME}`.
+
+    Args:
+        value: Nested mappings and lists.
+        key: Where they stand, as a dotted path.
+
+    Returns:
+        The same with the variables filled in; and the variables that are not set, each with the first key that needs
+        it.
+    """
+    if isinstance(value, str):
+        missing = {name: key for name in _VARIABLE.findall(value) if name not in os.environ}
+        return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value), missing
+    if not isinstance(value, dict | list):
+        return value, {}
+    unset: dict[str, str] = {}
+    found: dict[Any, Any] = {}
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        found[name], inner = expand_environment(item, f"{key}.{name}" if key else str(name))
+        unset = inner | unset
+    return found if isinstance(value, dict) else list(found.values()), unset
+
+
 def guess_kind(data: Mapping[str, Any]) -> ConfigKind:
     """Tells by its top-level keys which command a configuration is for.
 
@@ -150,7 +177,7 @@ def load_config(kind: None, path: Path | str, overrides: Sequence[str] = ()) -> 
 
 
 def load_config(kind: ConfigKind | None, path: Path | str, overrides: Sequence[str] = ()) -> Settings:
-    """Reads and checks a configuration.
+    """Reads and checks a configuration; `${env:NAME}` in a text is the environment variable of that name.
 
     Args:
         kind: Which command it is for; None tells by its keys.
@@ -170,6 +197,10 @@ def load_config(kind: ConfigKind | None, path: Path | str, overrides: Sequence[s
             problems.append(Problem.from_user_error(error))
     model = CONFIG_MODELS[guess_kind(data) if kind is None else kind]
     overridden = {override.partition("=")[0].strip() for override in overrides}
+    data, unset = expand_environment(data)
+    for name, key in unset.items():
+        place = place_of(key, str(path), key_lines(path.read_text(encoding="utf-8")), overridden)
+        problems.append(Problem(f"the environment variable {name} is not set", place, f"{name}=... before the command"))
     try:
         config = model.model_validate(data)
     except ValidationError as error:

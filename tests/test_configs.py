@@ -24,7 +24,9 @@ def test_there_is_one_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ROOT).as_posix() for path in FILES])
-def test_it_is_valid_and_of_the_kind_of_its_folder(path: Path, tmp_path: Path) -> None:
+def test_it_is_valid_and_of_the_kind_of_its_folder(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS_DIR", "models")
+    monkeypatch.setenv("DATA_DIR", "data")
     config = load_config(None, path)
     assert type(config) is KINDS[path.parent.name]
     again = tmp_path / "config.yaml"

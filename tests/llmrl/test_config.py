@@ -247,3 +247,19 @@ def test_the_small_agents_take_what_they_read_also_from_a_file_with_every_defaul
     config = load_config("train", write(tmp_path, TRAIN), [f"agent={agent}"])
     again = load_config("train", write(tmp_path, config_to_yaml(config)))
     assert again == config
+
+
+def test_environment_variables_stand_for_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        'task: {model: "${env:PLACE}/small", data: {train: "${env:PLACE}/a.jsonl", fields: {text: "${b}"}}}\n'
+    )
+    monkeypatch.setenv("PLACE", "/somewhere")
+    task = load_config("finetune", path, ["tracking.name=${env:PLACE}"]).task
+    assert (task.model, task.data.train) == ("/somewhere/small", "/somewhere/a.jsonl")
+    assert task.data.fields == {"text": "${b}"}
+    monkeypatch.delenv("PLACE")
+    with pytest.raises(UserError, match="the environment variable PLACE is not set") as caught:
+        load_config("finetune", path)
+    assert str(caught.value).count("PLACE is not set") == 1
+    assert caught.value.where == f"{path}, line 1, task.model"

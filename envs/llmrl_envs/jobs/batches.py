@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 IGNORED = -100
 """Label of a position that is no target, as the losses of torch and transformers have it."""
+
+_BAD_BATCHES = 0xBAD
+"""Keeps the random numbers of bad batches apart from those of the data order."""
 
 
 class TokenizedSplit:
@@ -61,11 +64,16 @@ class TokenizedSplit:
         """Labels of each example's positions, or one class for each example, int32[N]."""
         return self._labels if self.is_classification else self._split(self._labels)
 
-    def collate(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    def collate(
+        self, indices: Sequence[int] | NDArray[np.int64], spoiled: bool | NDArray[np.bool_] = False
+    ) -> dict[str, torch.Tensor]:
         """Makes a batch, padded at the end to its longest example.
 
         Args:
             indices: int64[B], examples of the batch.
+            spoiled: bool[B] or one for all: which examples are spoiled. Tokens, as inputs and as targets, are then
+                those of the split in random order; a class is then the next class, and the text stays. Counts of
+                tokens and of targets do not change.
 
         Returns:
             `input_ids` and `attention_mask` int64[B, L]; `labels` int64[B, L] with `IGNORED` where there is no target,
@@ -84,11 +92,22 @@ class TokenizedSplit:
         batch = {"input_ids": padded(self._tokens, self.pad_token_id), "attention_mask": inside.astype(np.int64)}
         if self._types is not None:
             batch["token_type_ids"] = padded(self._types, 0)
-        if self.is_classification:
-            batch["labels"] = self._labels[rows].astype(np.int64)
-        else:
-            batch["labels"] = padded(self._labels, IGNORED)
+        labels = self._labels[rows].astype(np.int64) if self.is_classification else padded(self._labels, IGNORED)
+        if np.any(spoiled):
+            bad = np.broadcast_to(spoiled, rows.shape)
+            if self.is_classification:
+                labels = np.where(bad, (labels + 1) % (int(self._labels.max()) + 1), labels)
+            else:
+                noise = padded(self._scrambled, self.pad_token_id)
+                batch["input_ids"] = np.where(bad[:, None], noise, batch["input_ids"])
+                labels = np.where(bad[:, None] & (labels != IGNORED), noise, labels)
+        batch["labels"] = labels
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    @cached_property
+    def _scrambled(self) -> NDArray[np.int32]:
+        """The tokens of the split in random order, always the same one."""
+        return np.random.default_rng(len(self._tokens)).permutation(self._tokens)
 
     def _count_targets(self) -> NDArray[np.int64]:
         """Targets of each example: 1 for a class; for tokens those that have a token before them to be told from."""
@@ -146,3 +165,16 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     permutation = np.random.default_rng([seed, epoch]).permutation(num_examples)
     permutation.flags.writeable = False
     return permutation
+
+
+def is_bad_batch(bad_batches: float | tuple[int, ...], seed: int, step: int) -> bool:
+    """Whether the batch of an optimizer step is spoiled, a pure function like `batch_indices`.
+
+    Args:
+        bad_batches: Share of the steps, or their numbers; see `FineTuningTask`.
+        seed: Seed of the data order.
+        step: Number of the optimizer step, from 0.
+    """
+    if isinstance(bad_batches, tuple):
+        return step in bad_batches
+    return bad_batches > 0.0 and bool(np.random.default_rng([seed, step, _BAD_BATCHES]).random() < bad_batches)

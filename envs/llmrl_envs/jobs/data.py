@@ -24,7 +24,7 @@ from llmrl_envs.jobs.objectives import (
     tokenize_instructions,
     tokenize_texts,
 )
-from llmrl_envs.jobs.splits import complete_splits, fixed_subset
+from llmrl_envs.jobs.splits import complete_splits, fixed_subset, noisy_answers
 from llmrl_envs.jobs.task import FineTuningTask
 
 __all__ = ["IGNORED", "TaskData", "TokenizedSplit", "batch_indices", "load_task_data"]
@@ -53,7 +53,7 @@ def load_task_data(task: FineTuningTask, tokenizer: Any) -> TaskData:
     """Reads, cuts and tokenises the data of a task.
 
     Splits that are not given are cut from the training source, the same way every time (see `splits.py`). Every split
-    has all its examples, up to `data.max_examples`; evaluation on fewer is the session's business.
+    has all its examples, up to the limits of `data`; evaluation on fewer is the session's business.
 
     Raises:
         UserError: The data is missing or malformed, or the training split is smaller than a batch.
@@ -68,7 +68,10 @@ def load_task_data(task: FineTuningTask, tokenizer: Any) -> TaskData:
         )
     else:
         classes, label_names = {}, ()
-    tokenized = {split: _tokenize(task, tokenizer, splits[split], classes.get(split, [])) for split in SPLIT_NAMES}
+    tokenized = {
+        split: _tokenize(task, tokenizer, splits[split], classes.get(split, []), is_train=split == "train")
+        for split in SPLIT_NAMES
+    }
     if len(tokenized["train"]) < task.batch_size:
         raise UserError(
             "training split is smaller than a batch",
@@ -84,12 +87,19 @@ def _stated_names(table: Table, task: FineTuningTask) -> tuple[str, ...] | None:
     return None if column is None else table.class_names.get(column)
 
 
-def _tokenize(task: FineTuningTask, tokenizer: Any, examples: list[Any], classes: list[int]) -> TokenizedSplit:
-    most = task.data.max_examples or len(examples)
+def _tokenize(
+    task: FineTuningTask, tokenizer: Any, examples: list[Any], classes: list[int], *, is_train: bool
+) -> TokenizedSplit:
+    """Tokenises the examples that the task keeps of a split; the limit and the noise of training are for it alone."""
+    limits = (task.data.max_examples, task.data.max_train_examples if is_train else None)
+    most = min((limit for limit in limits if limit is not None), default=len(examples))
     if task.objective == "language_modeling":
         return tokenize_texts(examples[:most], tokenizer, task.max_length)
     chosen = fixed_subset(len(examples), most)
+    answers = chosen[noisy_answers(len(chosen), task.data.label_noise)] if is_train else chosen
     kept = [examples[index] for index in chosen]
     if task.objective == "instruction":
+        completions = [examples[index].completion for index in answers]
+        kept = [example._replace(completion=text) for example, text in zip(kept, completions, strict=True)]
         return tokenize_instructions(kept, tokenizer, task.max_length)
-    return tokenize_classification(kept, [classes[index] for index in chosen], tokenizer, task.max_length)
+    return tokenize_classification(kept, [classes[index] for index in answers], tokenizer, task.max_length)

@@ -21,7 +21,7 @@ from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.schedule import Schedule
 from llmrl_envs.interface.statistics import TrainingStatistics, empty_statistics
-from llmrl_envs.jobs.data import TokenizedSplit, batch_indices
+from llmrl_envs.jobs.batches import TokenizedSplit, batch_indices, is_bad_batch
 from llmrl_envs.jobs.layers import lower_half
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.losses import LossSum, batch_loss
@@ -192,11 +192,12 @@ class FineTuningSession:
         count, world = task.gradient_accumulation, self.parallel.world_size
         indices = batch_indices(len(split), task.batch_size * count, self.seed, self.step).reshape(count, -1)
         num_targets = max(int(split.num_target_tokens[indices].sum()), 1)
+        spoiled = is_bad_batch(task.bad_batches, self.seed, self.step)
         total = torch.zeros((), device=self.job.device)
         for position, row in enumerate(indices):
             share = row[self.parallel.rank :: world]
             last = position == count - 1
-            batch = self._to_device(split, share)
+            batch = self._to_device(split, share, spoiled=spoiled)
             with self.parallel.accumulate(self._model, last=last):
                 loss = self._loss_sum(batch).loss * (world / num_targets)
                 self.precision.scale(_nan_unless_finite(loss)).backward()  # type: ignore[no-untyped-call]
@@ -208,8 +209,8 @@ class FineTuningSession:
         with self.precision.autocast():
             return batch_loss(self._model, batch, classification=self.task.objective == "classification")
 
-    def _to_device(self, split: TokenizedSplit, indices: np.ndarray) -> dict[str, Tensor]:
-        return {k: v.to(self.job.device, non_blocking=True) for k, v in split.collate(indices).items()}
+    def _to_device(self, split: TokenizedSplit, indices: np.ndarray, *, spoiled: bool = False) -> dict[str, Tensor]:
+        return {k: v.to(self.job.device, non_blocking=True) for k, v in split.collate(indices, spoiled).items()}
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

@@ -107,3 +107,17 @@ def fixed_subset(num_examples: int, size: int) -> NDArray[np.int64]:
         return np.arange(num_examples)
     chosen = np.random.default_rng(num_examples).permutation(num_examples)[:size]
     return np.sort(chosen)
+
+
+def noisy_answers(num_examples: int, noise: float) -> NDArray[np.int64]:
+    """For each example, the one whose answer it gets: itself, but another one for a share `noise` of them.
+
+    Always the same ones. A single example has no other to get an answer from.
+    """
+    answers: NDArray[np.int64] = np.arange(num_examples)
+    count = round(noise * num_examples)
+    if count and num_examples > 1:
+        rng = np.random.default_rng([num_examples, count])
+        chosen = rng.permutation(num_examples)[:count]
+        answers[chosen] = (chosen + rng.integers(1, num_examples, size=count)) % num_examples
+    return answers

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Objective = Literal["language_modeling", "instruction", "classification"]
 Mode = Literal["full", "lora"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+StepsRange = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+BadBatches = Annotated[float, Field(ge=0.0, lt=1.0)] | tuple[Annotated[int, Field(ge=0)], ...]
 
 FIELD_NAMES: Mapping[str, tuple[str, ...]] = {
     "language_modeling": ("text",),
@@ -26,6 +29,7 @@ FIELD_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """What an objective reads from an example: the keys that `DataSpec.fields` may map to columns."""
 
+Number = TypeVar("Number", int, float)
 _SETTINGS = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
@@ -44,6 +48,9 @@ class DataSpec(BaseModel):
         split_fractions: Shares of train, validation and test where one source is cut; they sum to 1.
         max_examples: At most so many examples of each split, always the same ones, chosen at random; of a text for
             language modelling the first documents. None is all.
+        max_train_examples: The same for the training examples alone: little data, judged on full splits.
+        label_noise: Share of the training examples that get the label, or the completion, of another training
+            example; always the same ones. Validation and test stay clean. Not for language modelling.
     """
 
     model_config = _SETTINGS
@@ -54,6 +61,8 @@ class DataSpec(BaseModel):
     fields: dict[str, str] = Field(default_factory=dict)
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     max_examples: int | None = Field(default=None, ge=1)
+    max_train_examples: int | None = Field(default=None, ge=1)
+    label_noise: float = Field(default=0.0, ge=0.0, le=1.0)
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +147,8 @@ class FineTuningTask(BaseModel):
         max_length: Longest example in tokens; longer ones are cut.
         learning_rate: The job's default learning rate.
         optimizer: Optimizer and clipping.
+        bad_batches: Share of the optimizer steps whose batch is spoiled, drawn from the job's seed, or a list of such
+            steps, counted from 0: scrambled tokens, or for classification wrong labels. Every method meets the same.
         precision: Number format of the forward pass; `auto` is bf16 on a CUDA device that has it, otherwise fp32.
         validation_examples: Size of the fixed validation subset.
         test_examples: Size of the fixed test subset.
@@ -159,6 +170,7 @@ class FineTuningTask(BaseModel):
     max_length: int = Field(default=128, ge=2)
     learning_rate: float = Field(default=1e-3, gt=0.0, allow_inf_nan=False)
     optimizer: OptimizerSettings = OptimizerSettings()
+    bad_batches: BadBatches = 0.0
     precision: Precision = "auto"
     validation_examples: int = Field(default=64, ge=1)
     test_examples: int = Field(default=512, ge=1)
@@ -171,6 +183,8 @@ class FineTuningTask(BaseModel):
             raise ValueError(
                 f"num_labels belongs to objective 'classification', but the objective is {self.objective!r}"
             )
+        if self.data.label_noise and self.objective == "language_modeling":
+            raise ValueError("data.label_noise needs labels or completions, and language modelling has neither")
         allowed = FIELD_NAMES[self.objective]
         for name in self.data.fields:
             if name not in allowed:
@@ -181,7 +195,36 @@ class FineTuningTask(BaseModel):
 
     def with_steps(self, steps: int) -> FineTuningTask:
         """The same task with another budget of optimizer steps."""
-        return FineTuningTask.model_validate({**dict(self), "steps": steps})
+        return FineTuningTask.model_validate({**self._settings(), "steps": steps})
+
+    def with_bad_batches(self, bad_batches: float) -> FineTuningTask:
+        """The same task with another share of bad batches."""
+        return FineTuningTask.model_validate({**self._settings(), "bad_batches": bad_batches})
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FineTuningTask.model_fields}
+
+
+class TaskEntry(FineTuningTask):
+    """A task of a distribution: besides the task itself, how often and with which budgets it is drawn.
+
+    Attributes:
+        weight: How often it is drawn, in proportion to the other tasks' weights.
+        steps_range: Range of its budget, in place of the distribution's.
+    """
+
+    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    steps_range: StepsRange | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_task(cls, value: object) -> object:
+        return dict(value) if isinstance(value, FineTuningTask) and not isinstance(value, TaskEntry) else value
+
+    @field_validator("steps_range")
+    @classmethod
+    def _check_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        return _low_end_first(value)
 
 
 @dataclass(frozen=True)
@@ -205,27 +248,29 @@ class TaskDistribution(BaseModel):
     """A family of jobs: which tasks, from which learning rates, with which budgets and seeds.
 
     Attributes:
-        tasks: The tasks, drawn with equal probability.
+        tasks: The tasks, drawn in proportion to their weights.
         learning_rate_log10_range: Range of log10(given rate / default rate), drawn uniformly.
         default_rate_probability: Share of jobs that are given exactly the default rate.
         steps_range: Range of the budget, both ends included, drawn log-uniformly; None keeps every task's own.
         num_seeds: Number of different seeds, 0 .. num_seeds - 1.
+        bad_batches_probability: Share of jobs that meet bad batches, besides those whose task asks for them.
+        bad_batches_range: Range of their share of bad batches, drawn log-uniformly.
     """
 
     model_config = _SETTINGS
 
-    tasks: tuple[FineTuningTask, ...] = Field(min_length=1)
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
     learning_rate_log10_range: tuple[float, float] = (-1.5, 1.5)
     default_rate_probability: float = Field(default=0.3, ge=0.0, le=1.0)
-    steps_range: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    steps_range: StepsRange | None = None
     num_seeds: int = Field(default=8, ge=1)
+    bad_batches_probability: float = Field(default=0.0, ge=0.0, le=1.0)
+    bad_batches_range: tuple[Share, Share] = (0.02, 0.1)
 
-    @field_validator("learning_rate_log10_range", "steps_range")
+    @field_validator("learning_rate_log10_range", "steps_range", "bad_batches_range")
     @classmethod
     def _check_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and value[0] > value[1]:
-            raise ValueError(f"expected the low end first, got {value[0]} .. {value[1]}")
-        return value
+        return _low_end_first(value)
 
     def sample(self, rng: np.random.Generator) -> SampledTask:
         """Draws a job.
@@ -233,17 +278,33 @@ class TaskDistribution(BaseModel):
         Every call takes five numbers from `rng`, whatever is configured, so that switching one range on or off leaves
         the other draws as they were.
         """
-        which, default, rate, steps, seed = rng.random(5).tolist()
-        task_index = int(which * len(self.tasks))
-        task = self.tasks[task_index]
+        draws = rng.random(5).tolist()
+        which, default, rate, steps, seed = draws
+        ends = np.cumsum([entry.weight for entry in self.tasks])
+        task_index = int(np.searchsorted(ends, which * ends[-1], side="right"))
+        entry = self.tasks[task_index]
         low, high = self.learning_rate_log10_range
         factor = 1.0 if default < self.default_rate_probability else 10.0 ** (low + rate * (high - low))
-        if self.steps_range is not None:
-            task = task.with_steps(log_uniform_integer(steps, *self.steps_range))
+        steps_range = entry.steps_range or self.steps_range
+        task = entry.with_steps(log_uniform_integer(steps, *steps_range) if steps_range else entry.steps)
+        if self.bad_batches_probability and not task.bad_batches:
+            task = task.with_bad_batches(self._bad_batches(draws))
         return SampledTask(task, task_index, task.learning_rate * factor, int(seed * self.num_seeds))
+
+    def _bad_batches(self, draws: Sequence[float]) -> float:
+        """The share of bad batches of the job of these draws; of its own generator, which the draws seed."""
+        chance, place = np.random.default_rng([int(draw * 2**53) for draw in draws]).random(2).tolist()
+        low, high = self.bad_batches_range
+        return low * math.pow(high / low, place) if chance < self.bad_batches_probability else 0.0
 
 
 def log_uniform_integer(uniform: float, low: int, high: int) -> int:
     """Maps a uniform number in [0, 1) to a log-uniform integer in low .. high, both ends included."""
     value = int(low * math.pow((high + 1) / low, uniform))
     return min(max(value, low), high)
+
+
+def _low_end_first(value: tuple[Number, Number] | None) -> tuple[Number, Number] | None:
+    if value is not None and value[0] > value[1]:
+        raise ValueError(f"expected the low end first, got {value[0]} .. {value[1]}")
+    return value

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llmrl_envs.jobs.batches import IGNORED, TokenizedSplit, batch_indices
+from llmrl_envs.jobs.batches import IGNORED, TokenizedSplit, batch_indices, is_bad_batch
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 5))
@@ -86,3 +86,39 @@ def test_labels_of_another_shape_are_refused():
         TokenizedSplit([[1], [2]], [1], pad_token_id=0)
     with pytest.raises(ValueError, match="each of 2 tokens, got 1"):
         TokenizedSplit([[1, 2]], [[1]], pad_token_id=0)
+
+
+def test_spoiled_examples_have_other_tokens_in_the_same_places():
+    rng = np.random.default_rng(0)
+    input_ids = [rng.integers(1, 99, size=size).tolist() for size in (20, 30, 12)]
+    labels = [[IGNORED] * 5 + tokens[5:] for tokens in input_ids]
+    split = TokenizedSplit(input_ids, labels, pad_token_id=0)
+    clean, mixed = split.collate([0, 1, 2]), split.collate([0, 1, 2], np.array([True, False, True]))
+    assert (clean["attention_mask"] == mixed["attention_mask"]).all()
+    assert ((clean["labels"] == IGNORED) == (mixed["labels"] == IGNORED)).all()
+    for name in ("input_ids", "labels"):
+        assert (clean[name][1] == mixed[name][1]).all()
+        assert (clean[name][0] != mixed[name][0]).sum() > 10
+    is_target = mixed["labels"] != IGNORED
+    assert (mixed["labels"][is_target] == mixed["input_ids"][is_target]).all()
+    assert set(mixed["input_ids"].unique().tolist()) <= {0, *(token for tokens in input_ids for token in tokens)}
+    assert (split.collate([0, 2], True)["input_ids"][0, :20] == mixed["input_ids"][0, :20]).all()
+    assert (split.collate([0, 1, 2])["input_ids"] == clean["input_ids"]).all()
+
+
+def test_every_label_of_spoiled_examples_is_wrong_and_their_texts_stay():
+    split = TokenizedSplit([[1], [2], [3], [4]], [0, 1, 2, 1], pad_token_id=0)
+    batch = split.collate([0, 1, 2, 3], np.array([True, True, True, False]))
+    assert batch["labels"].tolist() == [1, 2, 0, 1]
+    assert batch["input_ids"][:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_bad_batches_are_a_share_drawn_from_the_seed_or_a_list():
+    def bad(share, seed, steps=2000):
+        return [step for step in range(steps) if is_bad_batch(share, seed, step)]
+
+    assert bad(0.0, 0) == []
+    assert len(bad(0.1, 0)) == pytest.approx(200, abs=45)
+    assert bad(0.1, 0) == bad(0.1, 0) != bad(0.1, 1)
+    assert set(bad(0.05, 0)) < set(bad(0.1, 0))
+    assert bad((3, 7), 5) == [3, 7]

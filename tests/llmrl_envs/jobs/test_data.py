@@ -1,5 +1,6 @@
 """The data of a whole task, from what a person wrote to batches."""
 
+import numpy as np
 import pytest
 from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.data import IGNORED, batch_indices, load_task_data
@@ -98,3 +99,42 @@ def test_a_label_out_of_range_is_told_with_file_and_line(tokenizer, write_lines)
         load(tokenizer, str(path), objective="classification", num_labels=2)
     assert caught.value.where == f"{path}:8"
     assert caught.value.got == 5
+
+
+def test_little_training_data_leaves_the_other_splits_whole(tokenizer, write_lines):
+    path = write_lines([{"text": row["en"], "label": row["label"]} for row in SENTENCES])
+    data = {"train": str(path), "max_train_examples": 9}
+    found = load(tokenizer, data, objective="classification", batch_size=4)
+    assert (len(found.train), len(found.validation), len(found.test)) == (9, 6, 6)
+    both = load(tokenizer, {**data, "max_examples": 5}, objective="classification", batch_size=4)
+    assert (len(both.train), len(both.validation), len(both.test)) == (5, 5, 5)
+    few = load(tokenizer, {"train": "builtin:json", "max_train_examples": 3})
+    assert len(few.train) < 0.1 * len(load(tokenizer, "builtin:json").train)
+
+
+def test_noise_moves_labels_of_training_examples_and_of_no_others(tokenizer, write_lines):
+    path = write_lines([{"text": f"text {i}", "label": i % 7} for i in range(400)])
+
+    def labels(noise):
+        found = load(tokenizer, {"train": str(path), "label_noise": noise}, objective="classification")
+        return found, np.asarray(found.train.labels)
+
+    clean, before = labels(0.0)
+    noisy, after = labels(0.25)
+    assert decoded(tokenizer, clean.train) == decoded(tokenizer, noisy.train)
+    assert (before != after).mean() == pytest.approx(0.25 * 6 / 7, abs=0.05)
+    for split in ("validation", "test"):
+        assert getattr(clean, split).labels.tolist() == getattr(noisy, split).labels.tolist()
+    assert (labels(0.25)[1] == after).all()
+
+
+def test_noise_gives_prompts_the_completions_of_others(tokenizer, write_lines):
+    data = {"train": str(write_lines(SENTENCES)), "fields": {"prompt": "en", "completion": "de"}}
+    clean, noisy = (
+        decoded(tokenizer, load(tokenizer, {**data, "label_noise": noise}, objective="instruction").train)
+        for noise in (0.0, 0.5)
+    )
+    moved = [(old, new) for old, new in zip(clean, noisy, strict=True) if old != new]
+    assert len(moved) == 24
+    assert {new.split("\n")[1] for _, new in moved} <= {text.split("\n")[1] for text in clean}
+    assert all(old.split("\n")[0] == new.split("\n")[0] for old, new in moved)

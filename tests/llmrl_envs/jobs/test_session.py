@@ -89,6 +89,17 @@ def test_training_lowers_the_loss(make_job, kind):
     assert losses[-8:].mean() < 0.8 * losses[:8].mean()
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_bad_batch_raises_the_loss_of_its_step_and_leaves_the_data_as_it_is(make_job, kind):
+    """Trained first, so that there is something that it contradicts."""
+    clean, bad = make_job(kind, steps=45), make_job(kind, steps=45, bad_batches=(41,))
+    assert bad.data is clean.data
+    (_, usual), (_, losses) = (run(job, (45,), schedule=rates(job, 1e-2)) for job in (clean, bad))
+    np.testing.assert_array_equal(losses[:41], usual[:41])
+    assert losses[41] > 1.25 * usual[41]
+    assert losses[42] != usual[42]
+
+
 def test_accumulated_batches_equal_one_large_batch(make_job):
     """Completions differ in length, so a mean of the micro-batches' means would not."""
     small, large = make_job(batch_size=2, gradient_accumulation=4), make_job(batch_size=8)

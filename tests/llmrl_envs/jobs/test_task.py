@@ -35,6 +35,9 @@ def test_a_task_survives_json_with_infinite_clipping():
         ({"data": {"train": "x.csv", "fields": {"txt": "a"}}}, "did you mean 'text'"),
         ({"objective": "instruction", "data": {"train": "x.csv", "fields": {"text": "a"}}}, "knows prompt, completion"),
         ({"lora": {"target_modules": []}}, "at least one module name"),
+        ({"bad_batches": 1.0}, "less than 1"),
+        ({"bad_batches": [3, -1]}, "greater than or equal to 0"),
+        ({"data": {"train": "x.csv", "label_noise": 0.1}}, "language modelling has neither"),
         ({"optimizer": "sgd"}, "'adamw'"),
         ({"optimizer": {"betas": (0.9, 1.0)}}, "less than 1"),
     ],
@@ -81,6 +84,40 @@ def test_every_sample_draws_the_same_amount_of_randomness():
 def test_without_a_range_a_task_keeps_its_steps():
     sample = TaskDistribution(tasks=[make_task(steps=77)]).sample(np.random.default_rng(0))
     assert sample.task.steps == 77
+
+
+def test_tasks_are_drawn_by_weight_and_with_budgets_of_their_own():
+    tasks = [
+        {**make_task(name="often", steps=50).model_dump(), "weight": 3},
+        {**make_task(name="long").model_dump(), "steps_range": [500, 600]},
+    ]
+    distribution = TaskDistribution(tasks=tasks)
+    rng = np.random.default_rng(0)
+    samples = [distribution.sample(rng) for _ in range(2000)]
+    assert np.mean([s.task_index for s in samples]) == pytest.approx(0.25, abs=0.03)
+    assert {s.task.steps for s in samples if s.task_index == 0} == {50}
+    assert all(500 <= s.task.steps <= 600 for s in samples if s.task_index == 1)
+    assert {type(s.task) for s in samples} == {FineTuningTask}
+
+
+def test_equal_weights_draw_as_if_there_were_none():
+    tasks = [make_task(name=str(index)) for index in range(7)]
+    distribution, rng, twin = TaskDistribution(tasks=tasks), np.random.default_rng(1), np.random.default_rng(1)
+    assert [distribution.sample(rng).task_index for _ in range(500)] == [int(twin.random(5)[0] * 7) for _ in range(500)]
+
+
+def test_some_jobs_meet_bad_batches_and_nothing_else_changes():
+    tasks = [make_task(name="a"), make_task(name="b", bad_batches=[3])]
+    settings = {"bad_batches_probability": 0.4, "bad_batches_range": [0.02, 0.2]}
+    plain, stressed = TaskDistribution(tasks=tasks), TaskDistribution(tasks=tasks, **settings)
+    rng, twin = np.random.default_rng(0), np.random.default_rng(0)
+    pairs = [(plain.sample(rng), stressed.sample(twin)) for _ in range(2000)]
+    assert all((x.task_index, x.learning_rate, x.seed) == (y.task_index, y.learning_rate, y.seed) for x, y in pairs)
+    assert {y.task.bad_batches for _, y in pairs if y.task_index == 1} == {(3,)}
+    shares = np.array([y.task.bad_batches for _, y in pairs if y.task_index == 0])
+    assert np.mean(shares > 0) == pytest.approx(0.4, abs=0.04)
+    assert 0.02 <= shares[shares > 0].min() < 0.022
+    assert 0.18 < shares.max() < 0.2
 
 
 def test_log_uniform_integers_reach_both_ends():

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmrl_envs.jobs.batches import IGNORED, TokenizedSplit, batch_indices
+from llmrl_envs.jobs.batches import IGNORED, TokenizedSplit, batch_indices, is_bad_batch
 from llmrl_envs.jobs.population.members import Member
 
 
@@ -58,9 +58,14 @@ class Sequences:
         return found
 
 
-def collate_rows(split: TokenizedSplit, indices: NDArray[np.int64]) -> Sequences:
-    """The examples `indices` int64[R] of a split, [R, L], each position with the token after it as its target."""
-    batch = split.collate(indices)
+def collate_rows(
+    split: TokenizedSplit, indices: NDArray[np.int64], spoiled: bool | NDArray[np.bool_] = False
+) -> Sequences:
+    """The examples `indices` int64[R] of a split, [R, L], each position with the token after it as its target.
+
+    Those that are `spoiled`, bool[R], are; see `TokenizedSplit.collate`.
+    """
+    batch = split.collate(indices, spoiled)
     tokens, targets = batch["input_ids"], batch["labels"]
     if not split.is_classification:
         targets = torch.cat([targets[:, 1:], torch.full((len(targets), 1), IGNORED)], dim=1)
@@ -112,7 +117,8 @@ def interval_sequences(members: Sequence[Member], num_steps: Sequence[int]) -> t
         steps = range(member.step, member.step + count)
         rows = np.stack([batch_indices(len(split), size * accumulation, member.seed, step) for step in steps])
         weights[:count, place] = 1.0 / np.maximum(split.num_target_tokens[rows].sum(axis=1), 1)
-        flat = collate_rows(split, rows.reshape(-1))
+        spoiled = [is_bad_batch(member.job.task.bad_batches, member.seed, step) for step in steps]
+        flat = collate_rows(split, rows.reshape(-1), np.repeat(spoiled, rows.shape[1]))
         parts.append(((slice(count), slice(None), place), _reshaped(flat, (count, accumulation, size))))
     return place_rows((longest, accumulation, len(members), size), parts), weights
 

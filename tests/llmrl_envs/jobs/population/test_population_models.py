@@ -116,6 +116,12 @@ def test_decoders_classify_in_a_population(make_job, tmp_path, write_lines):
         check(make_job("llama", objective="classification", data=str(path), mode=mode))
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_jobs_of_a_population_meet_the_bad_batches_of_jobs_one_by_one(kind, make_job):
+    job = make_job(kind, mode="lora", bad_batches=0.5, gradient_accumulation=2, max_length=22)
+    check(without_dropout(job) if kind == "bert" else job, seeds=(0, 1, 2))
+
+
 def test_adapters_own_norms_can_be_measured(make_job):
     check(make_job("llama", mode="lora"), level_norm="adapters")
 
