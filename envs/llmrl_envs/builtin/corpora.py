@@ -20,7 +20,9 @@ from __future__ import annotations
 import difflib
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from llmrl_envs.builtin.topics import TOPICS, Topic, View
 from llmrl_envs.builtin.views import read_view, unicode_table
@@ -29,6 +31,7 @@ from llmrl_envs.errors import UserError
 DOCUMENT_CHARACTERS = 1_000
 MAX_DOCUMENTS = 320
 _BLOCK = ("train",) * 14 + ("validation",) * 3 + ("test",) * 3
+_Item = TypeVar("_Item")
 _TEST_FOLDERS = frozenset({"test", "tests"})
 
 
@@ -50,10 +53,18 @@ def load_corpus(topic: str) -> dict[str, list[str]]:
     Raises:
         UserError: There is no such topic, or this Python lacks one of its files.
     """
-    documents = _documents(_find_topic(topic))
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for index, document in enumerate(documents):
-        splits[_BLOCK[index % len(_BLOCK)]].append(document)
+    return deal(_documents(_find_topic(topic)))
+
+
+def deal(items: Sequence[_Item]) -> dict[str, list[_Item]]:
+    """Splits items that stand in an order: of each twenty fourteen for training, three for validation, three for test.
+
+    >>> {split: len(part) for split, part in deal(range(20)).items()}
+    {'train': 14, 'validation': 3, 'test': 3}
+    """
+    splits: dict[str, list[_Item]] = {"train": [], "validation": [], "test": []}
+    for index, item in enumerate(items):
+        splits[_BLOCK[index % len(_BLOCK)]].append(item)
     return splits
 
 

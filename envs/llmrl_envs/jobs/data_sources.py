@@ -69,20 +69,25 @@ def _is_path(source: str) -> bool:
     return Path(source).suffix.lower() in READERS or source[:1] in "./~" or not _HUB_ID.fullmatch(source)
 
 
-def _load_builtin(topic: str) -> dict[Split, Table]:
-    from llmrl_envs.builtin import corpus_topics, load_corpus
+def _load_builtin(name: str) -> dict[Split, Table]:
+    from llmrl_envs.builtin import corpus_topics, example_sets, load_corpus, load_examples
 
-    topics = corpus_topics()
-    if topic not in topics:
-        close = difflib.get_close_matches(topic, topics, n=1)
+    if name in example_sets():
+        return _builtin_tables(name, load_examples(name), unit="example")
+    topics = (*corpus_topics(), *example_sets())
+    if name not in topics:
+        close = difflib.get_close_matches(name, topics, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError("unknown built-in corpus", expected=f"one of {', '.join(topics)}", got=f"{topic!r}{hint}")
-    documents = load_corpus(topic)
-    return {split: _documents_table(documents[split], f"{BUILTIN_PREFIX}{topic}[{split}]") for split in SPLIT_NAMES}
+        raise UserError("unknown built-in corpus", expected=f"one of {', '.join(topics)}", got=f"{name!r}{hint}")
+    rows = {split: [{"text": text} for text in documents] for split, documents in load_corpus(name).items()}
+    return _builtin_tables(name, rows, unit="document")
 
 
-def _documents_table(documents: list[str], source: str) -> Table:
-    return Table([{"text": text} for text in documents], source, range(1, len(documents) + 1), unit="document")
+def _builtin_tables(name: str, rows: Mapping[str, list[dict[str, str]]], unit: str) -> dict[Split, Table]:
+    return {
+        split: Table(rows[split], f"{BUILTIN_PREFIX}{name}[{split}]", range(1, len(rows[split]) + 1), unit=unit)
+        for split in SPLIT_NAMES
+    }
 
 
 def _load_directory(path: Path) -> dict[Split, Table]:
