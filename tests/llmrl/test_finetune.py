@@ -102,7 +102,6 @@ def test_a_rate_that_destroys_the_model_is_an_outcome(tmp_path: Path) -> None:
         ({}, "neither"),
         ({"schedule": "cosin"}, "unknown schedule"),
         ({"policy": "./missing"}, "no policy folder"),
-        ({"policy": "default"}, "no default policy"),
     ],
 )
 def test_what_steers_must_be_clear(tmp_path: Path, arguments: dict[str, str], told: str) -> None:
