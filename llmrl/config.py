@@ -218,7 +218,8 @@ class TrainingConfig(Settings):
         decisions: Decisions taken in all environments of all processes together.
         demonstrations: Episodes that a script plays into the replay before the agent acts; updates go on meanwhile.
         demonstrator: What the script plays: `schedules`, known ones (linear, cosine, warm-up-stable-decay) at random
-            levels; `deviations`, holding with a move or two, another one in each job of a group.
+            levels; `deviations`, one move in each job of a group, another one in each, and nothing else (see
+            `llmrl/training/deviations.py`).
         checkpoint_period_episodes: Episodes between checkpoints.
         evaluation_period_episodes: Episodes between evaluations of the greedy policy; 0 evaluates at the end only.
         evaluation_episodes: Episodes of one evaluation.
@@ -271,6 +272,14 @@ class TrainConfig(Settings):
     agent: AgentConfig = Field(default_factory=lambda: AgentConfig.model_validate({}))
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_groups_of_deviations(self) -> TrainConfig:
+        if self.training.demonstrator == "deviations" and (self.env.groups != 5 or self.env.population != 5):
+            raise ValueError(
+                "training.demonstrator deviations needs env.population 5 and env.groups 5: one that stays, four moves"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_that_something_is_learned(self) -> TrainConfig:

@@ -166,6 +166,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self.schedule_settings,
             self._session.capabilities,
         )
+        self._schedule.start_at(np.array([sampled.start_move]))
         self._steering = Steering(self.observation_spec, self._schedule)
         self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
         update, weight = self._session.initial_norms()

@@ -152,6 +152,7 @@ class PopulationEpisodes:
             [new.drawn.sampled.learning_rate for new in begun],
             [new.capabilities for new in begun],
         )
+        schedule.start_at(np.array([new.drawn.sampled.start_move for new in begun]))
         sessions = [self.pool.session_of(new.member) for new in begun]
         norms = np.array([session.initial_norms() for session in sessions])
         parts = [session.initial_statistics(new.member) for session, new in zip(sessions, begun, strict=True)]

@@ -282,6 +282,7 @@ def _drawn_state(drawn: DrawnJob) -> dict[str, Any]:
         "task_index": sampled.task_index,
         "learning_rate": sampled.learning_rate,
         "seed": sampled.seed,
+        "start_move": sampled.start_move,
         "hidden": drawn.hidden.tolist(),
         "shows_validation": drawn.shows_validation,
     }
@@ -289,5 +290,6 @@ def _drawn_state(drawn: DrawnJob) -> dict[str, Any]:
 
 def _drawn_from(state: Mapping[str, Any]) -> DrawnJob:
     task = FineTuningTask.model_validate(state["task"])
-    sampled = SampledTask(task, int(state["task_index"]), float(state["learning_rate"]), int(state["seed"]))
+    rate, seed, start_move = float(state["learning_rate"]), int(state["seed"]), int(state["start_move"])
+    sampled = SampledTask(task, int(state["task_index"]), rate, seed, start_move)
     return DrawnJob(sampled, np.array(state["hidden"], np.bool_), bool(state["shows_validation"]))

@@ -1,20 +1,20 @@
-"""Structured exploration around holding: every job of a group leaves the default level in a way of its own, and stays.
+"""Structured exploration: the members of a group stay at their level, and at one decision each makes another move.
 
-Values of neighbouring levels differ by less than the noise of one job. So the members of a group (`env.groups`), which
-share task, seed and data order with the one that holds, are given the contrasts that matter: each constant level, and
-a move or two somewhere on the way. Every job then tells what *one* decision was worth if nothing was done after it,
-which is what a Monte-Carlo return with `reward.baseline: hold` says.
+Values of neighbouring levels differ by less than the noise of one job, and an error of one decision is repeated at the
+next. So a group (`env.groups`) shares task, seed, data order and starting level (`tasks.start_moves`); its first member
+stays there, and at a decision that is drawn for the group, early ones more often, the others move by -2, -1, +1, +2
+grid places and stay from then on. With `reward.baseline: hold` a job's return is what its one move gained over staying,
+measured under the same noise.
 
-Place in the group, counted from the member that holds, and its moves in grid places:
-
-    1 .. 4    -2, -1, +1, +2 at the first decision: a level that is held throughout
-    5         +2 and +1 at the first two decisions
-    6         +2 and +2
-    7 ..      one or two moves of -2 .. +2 at random decisions, earlier ones more often
+**That is all that is stored of a job: the decision at which it branched, with the return as a transition that ends
+there.** What came before is the same in all members, and to pay it for what was done later would make holding look as
+bad as the moves that followed it. Learned from such transitions, Q(s, a) is the gain of moving by `a` now over staying,
+at every level that jobs start from; a policy that is greedy to it settles.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,39 +25,34 @@ from numpy.typing import NDArray
 from llmrl.dqn.agent import Agent
 
 MOVES = (-2, -1, 1, 2)
-STEEP_CLIMBS = ((2, 1), (2, 2))
-LATEST_PROGRESS = 0.9
-EARLINESS = 1.5
-"""Progress of a random move is LATEST_PROGRESS * U**EARLINESS."""
-
-Plan = list[tuple[float, int]]
-"""Moves to come: progress from which each is due, and grid places; in order."""
+GROUP_SIZE = len(MOVES) + 1
+EARLINESS = 1.7
+"""Groups branch at the first decision from progress `latest * U**EARLINESS` on."""
 
 
-def deviation_plan(place: int, rng: np.random.Generator) -> Plan:
-    """What the member of a group at a place from 1 on does, see the module."""
-    if place <= len(MOVES):
-        return [(0.0, MOVES[place - 1])]
-    if place <= len(MOVES) + len(STEEP_CLIMBS):
-        return [(0.0, move) for move in STEEP_CLIMBS[place - len(MOVES) - 1]]
-    count = 1 + int(rng.random() < 0.5)
-    due = np.sort(LATEST_PROGRESS * rng.random(count) ** EARLINESS)
-    return [(float(progress), int(rng.choice(MOVES))) for progress in due]
+@dataclass
+class _Branch:
+    """A job that has branched: what is stored when it ends."""
+
+    obs: NDArray[Any]
+    action: int
+    mask: NDArray[np.bool_]
+    gain: float = 0.0
 
 
 class Deviator:
-    """Acts by plan and passes what happens on to an agent.
+    """Acts by plan and passes branches on to an agent.
 
     Args:
-        agent: Gets every transition.
+        agent: Gets one transition of every job that ends.
         table: The environment's actions; it must have a plain move for each of `MOVES`.
         spec: Layout of its observations.
-        num_envs: Environments that act together.
-        group_size: Jobs of a group.
-        rng: Draws each episode's plan.
+        num_envs: Environments that act together, in groups of `GROUP_SIZE`.
+        latest: Progress before which groups branch: where levels become final.
+        rng: Draws when each group branches.
 
     Raises:
-        ValueError: The table lacks a move.
+        ValueError: The table lacks a move, or the environments are no whole groups.
     """
 
     def __init__(
@@ -66,33 +61,61 @@ class Deviator:
         table: ActionTable,
         spec: ObservationSpec,
         num_envs: int,
-        group_size: int,
+        latest: float,
         rng: np.random.Generator,
     ) -> None:
         plain = {a.move: i for i, a in enumerate(table.actions) if a.level is None and a.choice is UpdateChoice.NONE}
         if not set(MOVES) <= plain.keys():
             raise ValueError(f"table: expected plain moves {MOVES}, got {sorted(plain)} in {table.name!r}")
-        self._agent, self._hold, self._action_of = agent, table.hold, plain
-        self._group_size, self._rng = group_size, rng
+        if num_envs % GROUP_SIZE:
+            raise ValueError(f"num_envs: expected a multiple of {GROUP_SIZE}, got {num_envs}")
+        self._agent, self._hold = agent, table.hold
+        self._actions = (table.hold, *(plain[move] for move in MOVES))
+        self._latest, self._rng = latest, rng
         self._progress = spec.names.index("progress")
-        self._plans: list[Plan] = [[] for _ in range(num_envs)]
+        self._due = np.zeros(num_envs)
+        self._branches: list[_Branch | None] = [None] * num_envs
 
     def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
-        """The move that is due in each lane, where it is available; otherwise holding. int64[E]."""
+        """The move of each lane whose group branches now, where it is available; otherwise holding. int64[E]."""
         actions = np.full(len(obs), self._hold, np.int64)
         for lane, row in enumerate(obs):
-            progress, place = float(row[self._progress]), lane % self._group_size
+            progress, place = float(row[self._progress]), lane % GROUP_SIZE
             if progress == 0.0:
-                self._plans[lane] = deviation_plan(place, self._rng) if place or self._group_size == 1 else []
-            if self._plans[lane] and progress >= self._plans[lane][0][0]:
-                action = self._action_of[self._plans[lane].pop(0)[1]]
+                self._branches[lane] = None
+                self._due[lane] = self._latest * self._rng.random() ** EARLINESS if place == 0 else self._due[lane - 1]
+            if self._branches[lane] is None and progress >= self._due[lane]:
+                action = self._actions[place]
                 actions[lane] = action if mask[lane, action] else self._hold
+                self._branches[lane] = _Branch(row.copy(), int(actions[lane]), mask[lane].copy())
         return actions
 
-    def observe(self, *arguments: Any, **named: Any) -> None:
-        """Passes a transition on."""
-        self._agent.observe(*arguments, **named)
+    def observe(
+        self,
+        obs: NDArray[Any],
+        action: NDArray[np.int64],
+        reward: NDArray[np.floating[Any]],
+        terminated: NDArray[np.bool_],
+        truncated: NDArray[np.bool_],
+        next_obs: NDArray[Any],
+        mask: NDArray[np.bool_],
+        next_mask: NDArray[np.bool_],
+        valid: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Adds up what jobs gain; of those that ended the branch goes to the agent."""
+        ended = np.zeros(len(obs), np.bool_)
+        obs, action, mask, gain = obs.copy(), action.copy(), mask.copy(), np.zeros(len(obs))
+        for lane, branch in enumerate(self._branches):
+            if branch is None or (valid is not None and not valid[lane]):
+                continue
+            branch.gain += float(reward[lane])
+            if terminated[lane]:
+                obs[lane], action[lane], mask[lane], gain[lane] = branch.obs, branch.action, branch.mask, branch.gain
+                ended[lane], self._branches[lane] = True, None
+        if ended.any():
+            self._agent.observe(obs, action, gain, ended, np.zeros_like(ended), obs, mask, mask, valid=ended)
 
     def end_episodes(self) -> None:
-        """Passes it on."""
+        """Forgets what is under way."""
+        self._branches = [None] * len(self._branches)
         self._agent.end_episodes()

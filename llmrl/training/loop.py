@@ -178,8 +178,9 @@ class TrainingRun:
             seed = process_seed(self.config.seed, self.processes.rank)
             rng = np.random.default_rng([seed, 11, self.num_episodes])
             if self.config.training.demonstrator == "deviations":
-                groups = self.config.env.groups
-                return Deviator(self.agent, *language[:2], self.collector.num_envs, groups, rng)
+                table, spec, schedule = language
+                latest = schedule.cooldown_progress
+                return Deviator(self.agent, table, spec, self.collector.num_envs, latest, rng)
             return Demonstrator(self.agent, *language, self.collector.num_envs, rng)
         return present
 
@@ -328,10 +329,13 @@ class TrainingRun:
 
 
 def _alone(config: EnvConfig) -> EnvConfig:
-    """The environment of an evaluation: a single job has no member beside it to be compared with; scores need none."""
-    if config.reward.baseline != "hold":
-        return config
-    return config.model_copy(update={"reward": dataclasses.replace(config.reward, baseline="none")})
+    """The environment of an evaluation: single jobs from the default level, with no member beside them to compare."""
+    changes: dict[str, Any] = {}
+    if config.reward.baseline == "hold":
+        changes["reward"] = dataclasses.replace(config.reward, baseline="none")
+    if config.tasks is not None:
+        changes["tasks"] = config.tasks.model_copy(update={"start_moves": (0,)})
+    return config.model_copy(update=changes)
 
 
 def _own_devices(config: EnvConfig) -> EnvConfig:

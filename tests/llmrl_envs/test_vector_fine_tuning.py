@@ -318,6 +318,18 @@ def test_measured_at_the_end_alone_the_return_is_the_gain_over_the_member_that_h
     assert abs(returns[2]) > 1e-3
 
 
+def test_a_group_starts_where_its_job_says_and_holds_there(library):
+    env = small(library, 2, {**TASK, "name": "moved"}, groups=2)
+    env.tasks = env.tasks.model_copy(update={"start_moves": (3,)})
+    env.settings = dataclasses.replace(env.settings, tasks=env.tasks)
+    _, infos = env.reset(seed=3)
+    levels = env.table.levels
+    wanted = levels[env.table.default_level + 3]
+    assert infos["level"].tolist() == [wanted, wanted]
+    _, _, _, _, infos = env.step(np.array([0, 0]))
+    assert infos["level"].tolist() == [wanted, levels[env.table.default_level + 1]]
+
+
 def test_holding_is_no_baseline_without_groups_and_no_loss_is_shown_that_is_not_measured(library):
     with pytest.raises(UserError, match=r"reward\.baseline"):
         small(library, 2, reward={"baseline": "hold", "measured": "end"}).reset(seed=0)

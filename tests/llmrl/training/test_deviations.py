@@ -1,4 +1,4 @@
-"""Members of a group leave the default level as planned, each in its own way, and the one that holds does not."""
+"""Members of a group branch at one decision, each by another move, and are stored as what that move gained."""
 
 from __future__ import annotations
 
@@ -11,73 +11,81 @@ from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
 from llmrl.config import TrainConfig
-from llmrl.training.deviations import LATEST_PROGRESS, Deviator, deviation_plan
+from llmrl.training.deviations import MOVES, Deviator
 
 TABLE = action_table("moves_only")
 SPEC = ObservationSpec(TABLE)
 
 
-class Silent:
-    """An agent that counts what it is told."""
+class Listener:
+    """An agent that keeps what it is told."""
 
     def __init__(self) -> None:
-        self.observed = self.ended = 0
+        self.rows: list[tuple[Any, ...]] = []
+        self.ended = 0
 
-    def observe(self, *_: Any, **__: Any) -> None:
-        self.observed += 1
+    def observe(self, *columns: Any, valid: NDArray[np.bool_]) -> None:
+        for lane in np.flatnonzero(valid):
+            self.rows.append((int(lane), *(column[lane] for column in columns)))
 
     def end_episodes(self) -> None:
         self.ended += 1
 
 
-def places(deviator: Deviator, num_envs: int, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Grid places from the default after each of 20 decisions, [20, E]."""
+def play(deviator: Deviator, mask: NDArray[np.bool_], rewards: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Grid places from the start after each of 20 decisions, [20, 5]; rewards are paid at the end."""
     moves = np.array([action.move for action in TABLE.actions])
-    found, now = [], np.zeros(num_envs, np.int64)
-    for progress in np.linspace(0.0, 0.95, 20):
-        obs = np.zeros((num_envs, SPEC.size), np.float32)
+    found, now, none = [], np.zeros(5, np.int64), np.zeros(5, np.bool_)
+    for decision, progress in enumerate(np.linspace(0.0, 0.95, 20)):
+        obs = np.zeros((5, SPEC.size), np.float32)
         obs[:, SPEC.names.index("progress")] = progress
-        now = now + moves[deviator.act(obs, mask, explore=True)]
+        actions = deviator.act(obs, mask, explore=True)
+        last = np.full(5, decision == 19)
+        deviator.observe(obs, actions, np.where(last, rewards, 0.0), last, none, obs, mask, mask)
+        now = now + moves[actions]
         found.append(now)
     return np.array(found)
 
 
-def test_each_member_of_a_group_deviates_in_its_own_way_and_the_first_holds() -> None:
-    agent = Silent()
-    deviator = Deviator(agent, TABLE, SPEC, 18, 9, np.random.default_rng(0))  # type: ignore[arg-type]
-    found = places(deviator, 18, np.ones((18, 5), np.bool_))
-    constant = [0, -2, -1, 1, 2]
-    assert (found[:, :5] == constant).all()
-    assert (found[:, 9:14] == constant).all()
-    assert (found[1:, 5] == 3).all()
-    assert (found[1:, 6] == 4).all()
-    assert (found[-1, [7, 8, 16, 17]] != 0).any()
-    deviator.observe()
+def test_members_of_a_group_branch_at_one_decision_and_that_alone_is_stored() -> None:
+    agent = Listener()
+    deviator = Deviator(agent, TABLE, SPEC, 5, 0.5, np.random.default_rng(0))  # type: ignore[arg-type]
+    everything = np.ones((5, 5), np.bool_)
+    branched = []
+    for episode in range(30):
+        found = play(deviator, everything, np.arange(5.0) + episode)
+        assert found[-1].tolist() == [0, *MOVES]
+        changes = (np.diff(found[:, 1:], axis=0, prepend=0) != 0).sum(axis=0)
+        assert changes.tolist() == [1, 1, 1, 1]
+        stored = agent.rows[-5:]
+        assert len(agent.rows) == 5 * (episode + 1)
+        assert [row[2] for row in stored] == [TABLE.hold, 0, 1, 3, 4]
+        assert [row[3] for row in stored] == [episode + place for place in range(5)]
+        assert all(row[4] and not row[5] for row in stored)
+        progress = {round(float(row[1][SPEC.names.index("progress")]), 2) for row in stored}
+        assert len(progress) == 1
+        branched += progress
+    assert max(branched) <= 0.55
+    assert np.median(branched) < 0.3
     deviator.end_episodes()
-    assert (agent.observed, agent.ended) == (1, 1)
+    assert agent.ended == 1
 
 
-def test_a_move_that_is_not_available_is_not_made() -> None:
-    deviator = Deviator(Silent(), TABLE, SPEC, 9, 9, np.random.default_rng(0))  # type: ignore[arg-type]
-    only_hold = np.zeros((9, 5), np.bool_)
+def test_a_move_that_is_not_available_counts_as_holding() -> None:
+    agent = Listener()
+    deviator = Deviator(agent, TABLE, SPEC, 5, 0.5, np.random.default_rng(0))  # type: ignore[arg-type]
+    only_hold = np.zeros((5, 5), np.bool_)
     only_hold[:, TABLE.hold] = True
-    assert (places(deviator, 9, only_hold) == 0).all()
-
-
-def test_random_moves_are_due_in_order_before_the_level_is_final() -> None:
-    rng = np.random.default_rng(1)
-    plans = [deviation_plan(7, rng) for _ in range(200)]
-    assert {len(plan) for plan in plans} == {1, 2}
-    for plan in plans:
-        due = [progress for progress, _ in plan]
-        assert due == sorted(due)
-        assert max(due) < LATEST_PROGRESS
-    assert np.median([plan[0][0] for plan in plans]) < 0.35
+    assert (play(deviator, only_hold, np.zeros(5)) == 0).all()
+    assert [row[2] for row in agent.rows] == [TABLE.hold] * 5
 
 
 def test_a_table_without_moves_is_refused() -> None:
+    rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="plain moves"):
-        Deviator(Silent(), action_table("levels"), SPEC, 1, 1, np.random.default_rng(0))  # type: ignore[arg-type]
+        Deviator(Listener(), action_table("levels"), SPEC, 5, 0.5, rng)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="multiple of 5"):
+        Deviator(Listener(), TABLE, SPEC, 4, 0.5, rng)  # type: ignore[arg-type]
 
 
 def test_holding_is_a_baseline_for_groups_alone() -> None:
@@ -85,3 +93,9 @@ def test_holding_is_a_baseline_for_groups_alone() -> None:
     with pytest.raises(ValueError, match=r"env\.groups"):
         TrainConfig.model_validate({"env": env})
     assert TrainConfig.model_validate({"env": {**env, "population": 4, "groups": 2}}).env.groups == 2
+
+
+def test_deviations_need_one_group_of_five() -> None:
+    env = {"tasks": {"tasks": [{"data": "builtin:json"}]}, "population": 10, "groups": 5}
+    with pytest.raises(ValueError, match="population 5"):
+        TrainConfig.model_validate({"env": env, "training": {"demonstrator": "deviations"}})
