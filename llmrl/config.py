@@ -140,6 +140,8 @@ class EnvConfig(Settings):
             raise ValueError(f"{FINE_TUNING_ID} needs env.tasks.tasks: a list of at least one task")
         if self.population == "auto" and (self.id != FINE_TUNING_ID or self.vectorization != "population"):
             raise ValueError("env.population auto is for the population of fine-tuning jobs; otherwise give a number")
+        if self.reward.baseline == "hold" and self.groups == 1:
+            raise ValueError("env.reward.baseline hold needs env.groups of at least 2: a job of each group holds")
         if self.groups > 1 and (self.vectorization != "population" or self.population == 1):
             raise ValueError("env.groups needs env.vectorization population and env.population of at least as many")
         if self.population_workers != "auto" and (self.vectorization != "population" or self.population == 1):
@@ -217,7 +219,10 @@ class TrainingConfig(Settings):
 
     Attributes:
         decisions: Decisions taken in all environments of all processes together.
-        demonstrations: Episodes of known schedules put into the replay before learning starts.
+        demonstrations: Episodes that a script plays into the replay before the agent acts; updates go on meanwhile.
+        demonstrator: What the script plays: `schedules`, known ones (linear, cosine, warm-up-stable-decay) at random
+            levels; `deviations`, one move in each job of a group, another one in each, and nothing else (see
+            `llmrl/training/deviations.py`).
         checkpoint_period_episodes: Episodes between checkpoints.
         evaluation_period_episodes: Episodes between evaluations of the greedy policy; 0 evaluates at the end only.
         evaluation_episodes: Episodes of one evaluation.
@@ -227,6 +232,7 @@ class TrainingConfig(Settings):
 
     decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
+    demonstrator: Literal["schedules", "deviations"] = "schedules"
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
     evaluation_episodes: int = Field(default=8, ge=1)
@@ -269,6 +275,14 @@ class TrainConfig(Settings):
     agent: AgentConfig = Field(default_factory=lambda: AgentConfig.model_validate({}))
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_groups_of_deviations(self) -> TrainConfig:
+        if self.training.demonstrator == "deviations" and (self.env.groups != 5 or self.env.population != 5):
+            raise ValueError(
+                "training.demonstrator deviations needs env.population 5 and env.groups 5: one that stays, four moves"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_that_something_is_learned(self) -> TrainConfig:

@@ -156,7 +156,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self._references = ReferenceCurves(self._library.curves)
         job = self._library.job(sampled.task)
         self.sampled = sampled
-        reference = self._references.curve(job, sampled.seed)
+        reference = self._references.curve(job, sampled.seed, measured=self.reward_spec.measured)
         self._account = EpisodeAccount(self.reward_spec, reference, sampled.task.steps)
         self._session = self._new_session(job, sampled)
         self._schedule = Schedule(
@@ -166,6 +166,7 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self.schedule_settings,
             self._session.capabilities,
         )
+        self._schedule.start_at(np.array([sampled.start_move]))
         self._steering = Steering(self.observation_spec, self._schedule)
         self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
         update, weight = self._session.initial_norms()
@@ -189,6 +190,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     def _measure(self) -> float:
         """Log validation loss that the reward is made of; the deployed weights count at the end."""
+        if self.reward_spec.measured == "end" and not self._account.is_last:
+            return self._account.log_loss
         averaged = self.reward_spec.average_intervals > 0 and not self._account.is_last
         loss = self._session_now().evaluate("validation", averaged=averaged).loss
         return math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf

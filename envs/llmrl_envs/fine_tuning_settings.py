@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
@@ -62,11 +63,19 @@ class FineTuningSettings:
         shown = {"stack": 3, "feature_dropout": 0.0, "validation_visible": 0.0, **(observation or {})}
         dropout, visible = float(shown.pop("feature_dropout")), float(shown.pop("validation_visible"))
         table = action_table(actions)
+        reward_spec = RewardSpec(**(reward or {}))
+        if visible > 0.0 and reward_spec.measured == "end":
+            raise UserError(
+                "a validation loss that is measured at the end of a job alone cannot be shown before",
+                expected="0, or reward.measured decisions",
+                got=visible,
+                where="observation.validation_visible",
+            )
         return cls(
             tasks=given if isinstance(given, TaskDistribution) else TaskDistribution.model_validate(given),
             table=table,
             observation_spec=ObservationSpec(table, **shown),
-            reward_spec=RewardSpec(**(reward or {})),
+            reward_spec=reward_spec,
             schedule=ScheduleSettings(**(schedule or {})),
             feature_dropout=dropout,
             validation_visible=visible,
@@ -116,6 +125,7 @@ class DrawnJob:
             "task_index": sampled.task_index,
             "learning_rate": sampled.learning_rate,
             "seed": sampled.seed,
+            "start_move": sampled.start_move,
             "hidden": self.hidden.tolist(),
             "shows_validation": self.shows_validation,
         }
@@ -124,5 +134,6 @@ class DrawnJob:
     def from_state(cls, state: Mapping[str, Any]) -> DrawnJob:
         """The job that `state` told of."""
         task = FineTuningTask.model_validate(state["task"])
-        sampled = SampledTask(task, int(state["task_index"]), float(state["learning_rate"]), int(state["seed"]))
+        rate, seed, start_move = float(state["learning_rate"]), int(state["seed"]), int(state["start_move"])
+        sampled = SampledTask(task, int(state["task_index"]), rate, seed, start_move)
         return cls(sampled, np.array(state["hidden"], np.bool_), bool(state["shows_validation"]))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning_settings import DrawnJob, FineTuningSettings
 from llmrl_envs.interface.account import EpisodeAccount
 from llmrl_envs.interface.action import UpdateChoice
@@ -59,6 +60,16 @@ class _Lane:
     capabilities: frozenset[UpdateChoice]
 
 
+def _check_baseline(settings: FineTuningSettings, group_size: int) -> None:
+    if settings.reward_spec.baseline == "hold" and group_size == 1:
+        raise UserError(
+            "the baseline needs a member of the group that holds",
+            expected="reward.baseline hold with groups of two or more jobs",
+            got="no groups",
+            where="reward.baseline",
+        )
+
+
 class PopulationEpisodes:
     """P episodes.
 
@@ -79,6 +90,7 @@ class PopulationEpisodes:
         level_norm: str = "effective",
         group_size: int = 1,
     ) -> None:
+        _check_baseline(settings, group_size)
         self.num_envs = num_envs
         self._settings = settings
         self._library = library
@@ -88,6 +100,7 @@ class PopulationEpisodes:
         self._action: Integers = np.full(num_envs, -1, np.int64)
         self._steering = Steering(settings.observation_spec, self._schedule_of([1] * num_envs, [1.0] * num_envs, None))
         members: Integers = np.arange(num_envs)
+        self._group_size = group_size
         self._holds: Booleans = np.asarray((members % group_size == 0) & (group_size > 1))
 
     # -- beginning ------------------------------------------------------------------------------------------------
@@ -118,14 +131,18 @@ class PopulationEpisodes:
 
     def lacks_reference(self, drawn: Sequence[DrawnJob]) -> bool:
         """Whether a reference run of one of these jobs has not been made."""
-        keys = [reference_key(d.sampled.task, d.sampled.seed) for d in drawn]
+        keys = [self._reference_key(d) for d in drawn]
         return any(key not in self._library.curves for key in keys)
 
     def make_references(self, drawn: Sequence[DrawnJob]) -> None:
         """Makes the reference runs of jobs that lack them, at most P at a time."""
         jobs = [(self._library.job(d.sampled.task), d.sampled.seed) for d in drawn]
         for first in range(0, len(jobs), self.num_envs):
-            run_references(self.pool, jobs[first : first + self.num_envs])
+            measured = self._settings.reward_spec.measured
+            run_references(self.pool, jobs[first : first + self.num_envs], measured=measured)
+
+    def _reference_key(self, drawn: DrawnJob) -> str:
+        return reference_key(drawn.sampled.task, drawn.sampled.seed, self._settings.reward_spec.measured)
 
     def begin(self, lanes: Sequence[int], drawn: Sequence[DrawnJob]) -> NDArray[np.float32]:  # [len(lanes), O]
         """Starts one job in each of `lanes`, whose reference runs have been made; returns their first observations."""
@@ -141,6 +158,7 @@ class PopulationEpisodes:
             [new.drawn.sampled.learning_rate for new in begun],
             [new.capabilities for new in begun],
         )
+        schedule.start_at(np.array([new.drawn.sampled.start_move for new in begun]))
         sessions = [self.pool.session_of(new.member) for new in begun]
         norms = np.array([session.initial_norms() for session in sessions])
         parts = [session.initial_statistics(new.member) for session, new in zip(sessions, begun, strict=True)]
@@ -153,7 +171,7 @@ class PopulationEpisodes:
     def _new_lane(self, drawn: DrawnJob) -> _Lane:
         sampled, spec = drawn.sampled, self._settings.reward_spec
         job = self._library.job(sampled.task)
-        curve = self._library.curves[reference_key(sampled.task, sampled.seed)]
+        curve = self._library.curves[self._reference_key(drawn)]
         account = EpisodeAccount(spec, curve, sampled.task.steps)
         average_steps = spec.average_steps(account.intervals)
         member = self.pool.add(job, sampled.seed, average_steps=average_steps)
@@ -194,8 +212,11 @@ class PopulationEpisodes:
         at_best = update.at_best & going
         self.pool.mark_best([lane.member for lane, best in zip(lanes, at_best, strict=True) if best])
         schedule.has_snapshot |= at_best
+        drops = self._baseline_drops(lanes, log_losses)
         reward = [
-            lane.account.settle(loss, switched=bool(switched[index]), rolled_back=bool(rollback[index]))
+            lane.account.settle(
+                loss, switched=bool(switched[index]), rolled_back=bool(rollback[index]), baseline_drop=drops[index]
+            )
             if going[index]
             else 0.0
             for index, (lane, loss) in enumerate(zip(lanes, log_losses, strict=True))
@@ -224,14 +245,23 @@ class PopulationEpisodes:
             for index, lane in enumerate(lanes)
         ]
 
+    def _baseline_drops(self, lanes: Sequence[_Lane], log_losses: Sequence[float]) -> list[float | None]:
+        """What the member that holds gained over each lane's interval; None where that is not the baseline."""
+        if self._settings.reward_spec.baseline != "hold":
+            return [None] * len(lanes)
+        firsts = [index - index % self._group_size for index in range(len(lanes))]
+        return [lanes[first].account.log_loss - log_losses[first] for first in firsts]
+
     def _measure(self, lanes: Sequence[_Lane]) -> list[float]:
         """Log validation losses that rewards are made of; the deployed weights count at the end of a job."""
-        averaging = self._settings.reward_spec.average_intervals > 0
+        spec = self._settings.reward_spec
         going = [lane for lane in lanes if not lane.account.is_over]
-        averaged = [averaging and not lane.account.is_last for lane in going]
-        found = iter(self.pool.evaluate([lane.member for lane in going], "validation", averaged))
-        losses = [lane.account.validation_loss if lane.account.is_over else next(found).loss for lane in lanes]
-        return [math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf for loss in losses]
+        due = [lane for lane in going if spec.measured == "decisions" or lane.account.is_last]
+        averaged = [spec.average_intervals > 0 and not lane.account.is_last for lane in due]
+        found = self.pool.evaluate([lane.member for lane in due], "validation", averaged)
+        losses = {lane.member: evaluation.loss for lane, evaluation in zip(due, found, strict=True)}
+        log_losses = {m: math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf for m, loss in losses.items()}
+        return [log_losses.get(lane.member, lane.account.log_loss) for lane in lanes]
 
     def _statistics(
         self,

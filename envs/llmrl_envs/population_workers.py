@@ -7,6 +7,7 @@ passes of several processes do not. Lanes, draws and reference curves are the ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from llmrl_envs.fine_tuning_settings import DrawnJob, FineTuningSettings
 from llmrl_envs.interface.statistics import Integers
 from llmrl_envs.jobs.loading import JobLibrary
-from llmrl_envs.jobs.reference import reference_key
+from llmrl_envs.jobs.reference import Measured, reference_key
 from llmrl_envs.jobs.task import FineTuningTask
 from llmrl_envs.population_episodes import PopulationEpisodes, StepResult
 from llmrl_envs.worker_process import WorkerProcess, ask_all
@@ -49,6 +50,7 @@ class PopulationWorkers:
     ) -> None:
         self.num_envs = num_envs
         self._library = library
+        self._key = partial(_reference_key, measured=settings.reward_spec.measured)
         self._starts = worker_lanes(num_envs, group_size, num_workers)
         self._drawn: list[DrawnJob | None] = [None] * num_envs
         device = str(library.device)
@@ -97,11 +99,11 @@ class PopulationWorkers:
 
     def lacks_reference(self, drawn: Sequence[DrawnJob]) -> bool:
         """Whether a reference run of one of these jobs has not been made."""
-        return any(_key(job) not in self._library.curves for job in drawn)
+        return any(self._key(job) not in self._library.curves for job in drawn)
 
     def make_references(self, drawn: Sequence[DrawnJob]) -> None:
         """Makes the reference runs of jobs that lack them, evenly divided among the workers."""
-        missing = {_key(job): job for job in drawn if _key(job) not in self._library.curves}
+        missing = {self._key(job): job for job in drawn if self._key(job) not in self._library.curves}
         jobs = list(missing.values())
         for curves in self._ask(
             "make_references", [jobs[part :: self.num_workers] for part in range(self.num_workers)]
@@ -123,7 +125,7 @@ class PopulationWorkers:
         return np.asarray(obs[order])
 
     def _curves_of(self, drawn: Sequence[DrawnJob], places: Sequence[int]) -> Curves:
-        keys = {_key(drawn[place]) for place in places}
+        keys = {self._key(drawn[place]) for place in places}
         return {key: self._library.curves[key] for key in sorted(keys)}
 
     # -- stepping -------------------------------------------------------------------------------------------------
@@ -181,8 +183,8 @@ def num_saved_workers(state: Mapping[str, Any]) -> int:
     return len(state["workers"]) if "workers" in state else 1
 
 
-def _key(drawn: DrawnJob) -> str:
-    return reference_key(drawn.sampled.task, drawn.sampled.seed)
+def _reference_key(drawn: DrawnJob, measured: Measured) -> str:
+    return reference_key(drawn.sampled.task, drawn.sampled.seed, measured)
 
 
 def _joined(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -197,6 +199,7 @@ class _Part:
     ) -> None:
         torch.set_num_threads(1)
         self._library = JobLibrary(device)
+        self._key = partial(_reference_key, measured=settings.reward_spec.measured)
         self._episodes = PopulationEpisodes(
             num_envs, settings, self._library, level_norm=level_norm, group_size=group_size
         )
@@ -222,4 +225,4 @@ class _Part:
         return {name: value.detach().cpu().numpy().copy() for name, value in self._episodes.parameters(lane).items()}
 
     def _curves_of(self, drawn: Sequence[DrawnJob]) -> Curves:
-        return {key: self._library.curves[key] for key in map(_key, drawn)}
+        return {key: self._library.curves[key] for key in map(self._key, drawn)}

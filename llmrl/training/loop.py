@@ -9,6 +9,7 @@ Under `accelerate launch` every process runs this loop with environments and a r
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from llmrl.failures import print_message
 from llmrl.run_directory import atomic_write_text, create_run_directory
 from llmrl.training.checkpoint import CHECKPOINTS
 from llmrl.training.demonstrations import Demonstrator
+from llmrl.training.deviations import Deviator
 from llmrl.training.evaluation import Evaluator
 from llmrl.training.experience import take_experience
 from llmrl.training.export import TrainedAgent, export_policy_folder
@@ -114,7 +116,7 @@ class TrainingRun:
         self.env = make_environment(env_config, self._library, num_evaluated=num_evaluated)
         self.agent = make_agent(config, self.env, self.processes)
         self._evaluator = Evaluator(
-            make_evaluation_environment(env_config, self.env, self._library, num_evaluated),
+            make_evaluation_environment(_alone(env_config), self.env, self._library, num_evaluated),
             self.agent,
             seed=config.seed,
             num_episodes=num_evaluated,
@@ -178,15 +180,20 @@ class TrainingRun:
         if metrics is not None:
             self._learner_metrics = metrics
 
-    def _demonstrator(self) -> Demonstrator:
-        if not isinstance(self.collector.agent, Demonstrator) or self.collector.at_episode_boundary:
+    def _demonstrator(self) -> Demonstrator | Deviator:
+        present = self.collector.agent
+        if not isinstance(present, Demonstrator | Deviator) or self.collector.at_episode_boundary:
             language = schedule_language(self.env)
             if language is None:
                 raise UserError("this environment has no demonstrations", expected="0", where="training.demonstrations")
             seed = process_seed(self.config.seed, self.processes.rank)
             rng = np.random.default_rng([seed, 11, self.num_episodes])
+            if self.config.training.demonstrator == "deviations":
+                table, spec, schedule = language
+                latest = schedule.cooldown_progress
+                return Deviator(self.agent, table, spec, self.collector.num_envs, latest, rng)
             return Demonstrator(self.agent, *language, self.collector.num_envs, rng)
-        return self.collector.agent
+        return present
 
     def _epsilon(self) -> float:
         return float(getattr(self.agent, "epsilon", 0.0))
@@ -330,6 +337,16 @@ class TrainingRun:
             self.recorder.row({"kind": "resumed", "processes_before": before, "processes": now})
             text = f"the checkpoint is of {before} process(es), now there are {now}: experience divided, episodes new"
             print_message("resumed", text, style="yellow")
+
+
+def _alone(config: EnvConfig) -> EnvConfig:
+    """The environment of an evaluation: single jobs from the default level, with no member beside them to compare."""
+    changes: dict[str, Any] = {}
+    if config.reward.baseline == "hold":
+        changes["reward"] = dataclasses.replace(config.reward, baseline="none")
+    if config.tasks is not None:
+        changes["tasks"] = config.tasks.model_copy(update={"start_moves": (0,)})
+    return config.model_copy(update=changes)
 
 
 def _own_devices(config: EnvConfig) -> EnvConfig:

@@ -48,6 +48,22 @@ def test_it_decides_something_for_every_observation() -> None:
     assert np.isfinite(decision.q_values).all()
 
 
+def test_it_holds_unless_sure_and_names_no_place_of_its_maker() -> None:
+    policy = SchedulePolicy.from_pretrained("default")
+    assert policy.network is not None
+    config = policy.network.config
+    assert config.default_action == policy.table.hold
+    assert config.default_action_margin > 0.0
+    assert "/" not in str(policy.provenance["agent"].get("experience", "")).replace("runs/", "")
+
+
+def test_it_acts_within_the_mask() -> None:
+    policy = SchedulePolicy.from_pretrained("default")
+    only_hold = np.zeros((1, policy.table.num_actions), np.bool_)
+    only_hold[:, policy.table.hold] = True
+    assert policy.act(np.zeros((1, policy.spec.size), np.float32), only_hold).actions.tolist() == [policy.table.hold]
+
+
 def test_the_command_line_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policy", "show", "default"]) == 0
     assert "a learning-rate schedule policy" in capsys.readouterr().out

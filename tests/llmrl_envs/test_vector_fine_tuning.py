@@ -300,6 +300,43 @@ def test_members_of_a_group_with_the_same_actions_do_the_same(library):
         assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
 
 
+def test_measured_at_the_end_alone_the_return_is_the_gain_over_the_member_that_holds(library):
+    env = small(library, 3, groups=3, reward={"baseline": "hold", "measured": "end"})
+    plain = small(library, 3, groups=3)
+    for one in (env, plain):
+        one.reset(seed=3)
+    terminated, returns = np.zeros(3, np.bool_), np.zeros(3)
+    while not terminated.any():
+        actions = np.array([0, env.table.hold, 4])
+        _, rewards, terminated, _, infos = env.step(actions)
+        _, _, _, _, wanted = plain.step(actions)
+        assert terminated.all() or not rewards.any()
+        returns += rewards
+    scores = wanted["final_info"]["score"]
+    np.testing.assert_allclose(infos["final_info"]["score"], scores, atol=1e-5)
+    np.testing.assert_allclose(returns, scores - scores[0], atol=1e-5)
+    assert abs(returns[2]) > 1e-3
+
+
+def test_a_group_starts_where_its_job_says_and_holds_there(library):
+    env = small(library, 2, {**TASK, "name": "moved"}, groups=2)
+    env.tasks = env.tasks.model_copy(update={"start_moves": (3,)})
+    env.settings = dataclasses.replace(env.settings, tasks=env.tasks)
+    _, infos = env.reset(seed=3)
+    levels = env.table.levels
+    wanted = levels[env.table.default_level + 3]
+    assert infos["level"].tolist() == [wanted, wanted]
+    _, _, _, _, infos = env.step(np.array([0, 0]))
+    assert infos["level"].tolist() == [wanted, levels[env.table.default_level + 1]]
+
+
+def test_holding_is_no_baseline_without_groups_and_no_loss_is_shown_that_is_not_measured(library):
+    with pytest.raises(UserError, match=r"reward\.baseline"):
+        small(library, 2, reward={"baseline": "hold", "measured": "end"}).reset(seed=0)
+    with pytest.raises(UserError, match="validation_visible"):
+        small(library, 2, observation={"validation_visible": 0.5}, reward={"measured": "end"})
+
+
 def test_a_group_that_does_not_divide_the_population_is_refused():
     with pytest.raises(UserError, match="divisor of 4"):
         FineTuningVectorEnv(4, tasks_of(TASK), groups=3)

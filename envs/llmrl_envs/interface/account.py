@@ -78,12 +78,15 @@ class EpisodeAccount:
             log_loss: Log validation loss after it.
             switched: The action changed the level or a toggle.
             rolled_back: A rollback was carried out.
-            baseline_drop: Drop of the log-loss that a baseline subtracts; None takes the reference's.
+            baseline_drop: Drop of the log-loss that a baseline subtracts; None takes the reference's. A diverged job
+                is charged what the baseline has gained, too.
         """
         spec, place = self._spec, self.decision
         self.diverged = not log_loss <= self.initial_log_loss + spec.divergence_rise(self.scale)
         if self.diverged:
             reward = spec.floor(self.scale, len(self.intervals)) - self.episode_return
+            if spec.baseline == "hold":
+                reward -= max(baseline_drop or 0.0, 0.0) / self.scale
         else:
             of_reference = self._reference[place] - self._reference[place + 1]
             reward = interval_reward(

@@ -227,6 +227,11 @@ class Schedule:
         for flag in (self.frozen, self.tight, self.has_snapshot, self.fallen_back):
             flag[lanes] = False
 
+    def start_at(self, moves: Integers) -> None:
+        """Starts the jobs so many grid places from the default level, int64[E]; places outside the grid are clipped."""
+        self.level = np.clip(self.table.default_level + np.asarray(moves, np.int64), 0, len(self._grid) - 1)
+        self.highest_level = self.level.copy()
+
     # -- measurements ---------------------------------------------------------------------------------------------
 
     def observe_mode(self, mode: Integers) -> None:

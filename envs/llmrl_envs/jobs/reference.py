@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
 WARMUP_FRACTION = 0.05
+Measured = Literal["decisions", "end"]
+"""When a curve is measured: after every interval, or at the end alone; it stands at the initial loss until then."""
 
 
 def given_rate_schedule(base: str, total_steps: int, learning_rate: float, warmup_fraction: float) -> Schedule:
@@ -38,28 +41,32 @@ class ReferenceCurves:
     def __init__(self, curves: dict[str, tuple[float, ...]]) -> None:
         self._curves = curves
 
-    def curve(self, job: Job, seed: int) -> tuple[float, ...]:
+    def curve(self, job: Job, seed: int, *, measured: Measured = "decisions") -> tuple[float, ...]:
         """Log-loss before the first and after every decision interval, one value more than there are intervals.
 
         A reference that is not finite (a default rate that destroys the model) counts as no improvement from there on.
         """
-        key = reference_key(job.task, seed)
+        key = reference_key(job.task, seed, measured)
         if key not in self._curves:
-            self._curves[key] = _run_reference(job, seed)
+            self._curves[key] = _run_reference(job, seed, measured)
         return self._curves[key]
 
 
-def reference_key(task: FineTuningTask, seed: int) -> str:
+def reference_key(task: FineTuningTask, seed: int, measured: Measured = "decisions") -> str:
     """What decides a reference run; jobs that share it share the curve."""
-    return f"{task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}"
+    ends = "|end" if measured == "end" else ""
+    return f"{task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}{ends}"
 
 
-def _run_reference(job: Job, seed: int) -> tuple[float, ...]:
+def _run_reference(job: Job, seed: int, measured: Measured) -> tuple[float, ...]:
     session = FineTuningSession(job, seed=seed, record=False)
     schedule = given_rate_schedule("linear", job.task.steps, job.task.learning_rate, WARMUP_FRACTION)
     curve = [math.log(max(session.evaluate("validation").loss, 1e-12))]
     for num_steps in decision_intervals(job.task.steps):
         session.run_interval(num_steps, schedule)
+        if measured == "end" and session.step < job.task.steps:
+            curve.append(curve[0])
+            continue
         loss = session.evaluate("validation").loss
         curve.append(math.log(max(loss, 1e-12)) if math.isfinite(loss) else curve[0])
     return tuple(curve)

@@ -236,12 +236,14 @@ class SampledTask:
         task_index: Place of the task in `TaskDistribution.tasks`.
         learning_rate: The rate that the job is given, right or wrong.
         seed: Seed of the job's data order and dropout.
+        start_move: Grid places from the default level at which the job starts.
     """
 
     task: FineTuningTask
     task_index: int
     learning_rate: float
     seed: int
+    start_move: int = 0
 
 
 class TaskDistribution(BaseModel):
@@ -255,6 +257,8 @@ class TaskDistribution(BaseModel):
         num_seeds: Number of different seeds, 0 .. num_seeds - 1.
         bad_batches_probability: Share of jobs that meet bad batches, besides those whose task asks for them.
         bad_batches_range: Range of their share of bad batches, drawn log-uniformly.
+        start_moves: Grid places from the default level at which jobs start, drawn with equal probability, so that a
+            policy learns to come back from wrong levels too; one that stands there twice is drawn twice as often.
     """
 
     model_config = _SETTINGS
@@ -266,6 +270,7 @@ class TaskDistribution(BaseModel):
     num_seeds: int = Field(default=8, ge=1)
     bad_batches_probability: float = Field(default=0.0, ge=0.0, le=1.0)
     bad_batches_range: tuple[Share, Share] = (0.02, 0.1)
+    start_moves: tuple[Annotated[int, Field(ge=-8, le=8)], ...] = Field(default=(0,), min_length=1)
 
     @field_validator("learning_rate_log10_range", "steps_range", "bad_batches_range")
     @classmethod
@@ -289,13 +294,19 @@ class TaskDistribution(BaseModel):
         task = entry.with_steps(log_uniform_integer(steps, *steps_range) if steps_range else entry.steps)
         if self.bad_batches_probability and not task.bad_batches:
             task = task.with_bad_batches(self._bad_batches(draws))
-        return SampledTask(task, task_index, task.learning_rate * factor, int(seed * self.num_seeds))
+        start_move = self.start_moves[int(_generator_of(draws, 1).integers(len(self.start_moves)))]
+        return SampledTask(task, task_index, task.learning_rate * factor, int(seed * self.num_seeds), start_move)
 
     def _bad_batches(self, draws: Sequence[float]) -> float:
-        """The share of bad batches of the job of these draws; of its own generator, which the draws seed."""
-        chance, place = np.random.default_rng([int(draw * 2**53) for draw in draws]).random(2).tolist()
+        """The share of bad batches of the job of these draws."""
+        chance, place = _generator_of(draws).random(2).tolist()
         low, high = self.bad_batches_range
         return low * math.pow(high / low, place) if chance < self.bad_batches_probability else 0.0
+
+
+def _generator_of(draws: Sequence[float], *key: int) -> np.random.Generator:
+    """A generator that a job's draws seed: what it gives leaves the draws of other jobs as they are."""
+    return np.random.default_rng([*(int(draw * 2**53) for draw in draws), *key])
 
 
 def log_uniform_integer(uniform: float, low: int, high: int) -> int:

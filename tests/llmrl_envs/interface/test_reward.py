@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmrl_envs.errors import UserError
+from llmrl_envs.interface.account import EpisodeAccount
 from llmrl_envs.interface.reward import RewardSpec, interval_reward
 
 LOG_LOSSES = st.lists(st.floats(-3.0, 3.0), min_size=2, max_size=30)
@@ -105,3 +106,31 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
 
 def test_rewards_are_plain_floats():
     assert type(interval_reward(RewardSpec(), before=1.0, after=np.e, scale=1.0)) is float
+
+
+def test_holding_is_subtracted_and_a_divergence_stays_below():
+    spec = RewardSpec(baseline="hold", measured="end")
+    reference = [1.0, 1.0, 1.0, 0.5]
+    returns = []
+    for final in (0.4, 0.5, 1.0 + spec.divergence_rise(0.5), 9.0):
+        account = EpisodeAccount(spec, reference, 6)
+        for _ in range(2):
+            account.settle(1.0, switched=False, rolled_back=False, baseline_drop=0.0)
+        account.settle(final, switched=False, rolled_back=False, baseline_drop=0.5)
+        returns.append(account.episode_return)
+    assert returns[:2] == [pytest.approx(0.2), pytest.approx(0.0)]
+    assert returns[3] < returns[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"baseline": "hold"}, "measured"),
+        ({"baseline": "best"}, "baseline"),
+        ({"measured": "never"}, "measured"),
+        ({"measured": "end", "average_intervals": 0.5}, "average_intervals"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_by_name(settings, where):
+    with pytest.raises(UserError, match=f"reward.{where}"):
+        RewardSpec(**settings)

@@ -130,3 +130,14 @@ def test_log_uniform_integers_reach_both_ends():
 def test_settings_import_without_torch():
     code = "import sys, llmrl_envs.jobs.task; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_starting_levels_are_drawn_as_often_as_they_stand_there_and_change_nothing_else() -> None:
+    plain = TaskDistribution(tasks=[make_task()], num_seeds=4)
+    spread = TaskDistribution(tasks=[make_task()], num_seeds=4, start_moves=(0, 0, -2, 3))
+    rng, twin = np.random.default_rng(0), np.random.default_rng(0)
+    pairs = [(plain.sample(rng), spread.sample(twin)) for _ in range(2000)]
+    moves = [with_move.start_move for _, with_move in pairs]
+    assert np.mean(np.array(moves) == 0) == pytest.approx(0.5, abs=0.05)
+    assert set(moves) == {0, -2, 3}
+    assert all(a.start_move == 0 and (a.learning_rate, a.seed) == (b.learning_rate, b.seed) for a, b in pairs)

@@ -11,19 +11,23 @@ from llmrl_envs.interface.schedule import decision_intervals
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.population.members import IntervalPlan, Member
 from llmrl_envs.jobs.population.pool import PopulationPool
-from llmrl_envs.jobs.reference import WARMUP_FRACTION, given_rate_schedule, reference_key
+from llmrl_envs.jobs.reference import WARMUP_FRACTION, Measured, given_rate_schedule, reference_key
 
 
-def run_references(pool: PopulationPool, jobs: Sequence[tuple[Job, int]]) -> None:
+def run_references(pool: PopulationPool, jobs: Sequence[tuple[Job, int]], *, measured: Measured = "decisions") -> None:
     """Runs the references that are missing among those of `jobs` (job and seed), and keeps their curves."""
     curves = pool.library.curves
-    missing = {reference_key(job.task, seed): (job, seed) for job, seed in jobs}
+    missing = {reference_key(job.task, seed, measured): (job, seed) for job, seed in jobs}
     runs = {key: _Run(pool.add(*pair)) for key, pair in missing.items() if key not in curves}
     under_way = list(runs.values())
     _evaluate(pool, under_way)
     while under_way := [run for run in under_way if not run.is_over]:
         pool.run_interval([run.plan() for run in under_way])
-        _evaluate(pool, under_way)
+        due = [run for run in under_way if measured == "decisions" or run.is_last]
+        for run in under_way:
+            if run not in due:
+                run.note(math.nan)
+        _evaluate(pool, due)
     for key, run in runs.items():
         curves[key] = tuple(run.curve)
         pool.remove(run.member)
@@ -44,6 +48,11 @@ class _Run:
         """The budget is used up."""
         return len(self.curve) == len(self._intervals) + 1
 
+    @property
+    def is_last(self) -> bool:
+        """One value is missing."""
+        return len(self.curve) == len(self._intervals)
+
     def plan(self) -> IntervalPlan:
         """The next interval."""
         steps = range(self.member.step, self.member.step + self._intervals[len(self.curve) - 1])
@@ -57,6 +66,8 @@ class _Run:
 
 
 def _evaluate(pool: PopulationPool, runs: Sequence[_Run]) -> None:
+    if not runs:
+        return
     found = pool.evaluate([run.member for run in runs], "validation", [False] * len(runs))
     for run, evaluation in zip(runs, found, strict=True):
         run.note(evaluation.loss)
