@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
 from llmrl.config import TrainConfig
+from llmrl.run_directory import read_jsonl
 from llmrl.training.deviations import MOVES, Deviator
+from llmrl.training.loop import train
 
 TABLE = action_table("moves_only")
 SPEC = ObservationSpec(TABLE)
@@ -99,3 +102,44 @@ def test_deviations_need_one_group_of_five() -> None:
     env = {"tasks": {"tasks": [{"data": "builtin:json"}]}, "population": 10, "groups": 5}
     with pytest.raises(ValueError, match="population 5"):
         TrainConfig.model_validate({"env": env, "training": {"demonstrator": "deviations"}})
+
+
+TINY = {"data": {"train": "builtin:json", "max_examples": 80}, "steps": 12, "max_length": 16, "batch_size": 2}
+
+
+def make_config(**agent: Any) -> TrainConfig:
+    """A run that collects, or with `agent` one that learns from what another has collected."""
+    groups = {} if agent else {"population": 5, "groups": 5, "reward": {"baseline": "hold", "measured": "end"}}
+    return TrainConfig.model_validate(
+        {
+            "env": {
+                "tasks": {"tasks": [{**TINY, "validation_examples": 4}], "start_moves": [0, 2]},
+                **groups,
+                "actions": "moves_only",
+                "schedule": {"cooldown_progress": 0.5},
+            },
+            "agent": {"hidden_sizes": [8], "learning_starts": 10_000, "gamma": 1.0, "n_step": 1, **agent},
+            "training": {
+                "decisions": 0 if agent else 60,
+                "demonstrations": 1000,
+                "demonstrator": "schedules" if agent else "deviations",
+                "checkpoint_period_episodes": 5,
+                "evaluation_period_episodes": 0,
+                "evaluation_episodes": 1,
+            },
+            "tracking": {"wandb": "disabled"},
+        }
+    )
+
+
+def test_a_run_collects_a_branch_of_every_job_and_another_learns_from_them(tmp_path: Path) -> None:
+    train(config=make_config(), output=tmp_path / "experience")
+    rows = read_jsonl(tmp_path / "experience" / "metrics.jsonl")
+    episodes = [row for row in rows if row["kind"] == "episode"]
+    assert len(episodes) >= 5
+    assert len(episodes) % 5 == 0
+    learned = make_config(experience=[str(tmp_path / "experience")], pretrain_updates=20, batch_size=16)
+    train(config=learned, output=tmp_path / "policy")
+    told = read_jsonl(tmp_path / "policy" / "metrics.jsonl")
+    assert [row["transitions"] for row in told if row["kind"] == "experience"] == [len(episodes)]
+    assert (tmp_path / "policy" / "policy" / "model.safetensors").is_file()
