@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning import FineTuningEnv
-from llmrl_envs.jobs import session
+from llmrl_envs.jobs import passes
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.population import session as population
 from llmrl_envs.jobs.task import SampledTask
@@ -82,7 +82,7 @@ def chosen_actions(rng, masks, decision, names):
 def poisoned(monkeypatch):
     """Training batches with a sequence that begins with a space have an infinite loss with finite gradients."""
     space = 32
-    batch_loss, sequence_losses = session.batch_loss, population.sequence_losses
+    batch_loss, sequence_losses = passes.batch_loss, population.sequence_losses
 
     def of_batch(model, batch, **arguments):
         found = batch_loss(model, batch, **arguments)
@@ -94,7 +94,7 @@ def poisoned(monkeypatch):
         bad = (sequences.tokens[..., 0] == space).any(dim=-1) & torch.is_grad_enabled()
         return dataclasses.replace(found, loss=found.loss + torch.where(bad, math.inf, 0.0))
 
-    monkeypatch.setattr(session, "batch_loss", of_batch)
+    monkeypatch.setattr(passes, "batch_loss", of_batch)
     monkeypatch.setattr(population, "sequence_losses", of_sequences)
 
 

@@ -124,10 +124,13 @@ def job_library():
 
 @pytest.fixture(scope="session")
 def make_job(make_model, job_library, tmp_path_factory):
-    """A tiny job: completions of uneven lengths for decoders, three classes for encoders."""
+    """A tiny job: completions of uneven lengths for decoders, three classes for encoders.
+
+    Who changes the model itself asks for one of its own.
+    """
     folder = tmp_path_factory.mktemp("job_data")
 
-    def make(kind="llama", **settings):
+    def make(kind="llama", *, own_model=False, **settings):
         objective = "classification" if kind == "bert" else "instruction"
         path = folder / f"{objective}.jsonl"
         if not path.exists():
@@ -137,7 +140,8 @@ def make_job(make_model, job_library, tmp_path_factory):
             "max_length": 24, "validation_examples": 10, "test_examples": 6, "evaluation_batch_size": 4,
             "learning_rate": 3e-3,
         }  # fmt: skip
-        return job_library.job(FineTuningTask(**{**defaults, **settings}))
+        library = JobLibrary("cpu") if own_model else job_library
+        return library.job(FineTuningTask(**{**defaults, **settings}))
 
     return make
 

@@ -16,7 +16,9 @@ def num_runs(monkeypatch):
     """Counts reference runs."""
     runs = []
     original = reference._run_reference
-    monkeypatch.setattr(reference, "_run_reference", lambda job, seed: runs.append(seed) or original(job, seed))
+    monkeypatch.setattr(
+        reference, "_run_reference", lambda job, seed, measured: runs.append(seed) or original(job, seed, measured)
+    )
     return runs
 
 

@@ -94,13 +94,13 @@ def test_jobs_in_a_population_equal_jobs_one_by_one(kind, mode, make_job, make_d
     if kind in MODELS:
         check(make_job("llama", model=str(make_directory(kind)), mode=mode))
     elif kind == "bert":
-        check(without_dropout(make_job("bert", mode=mode, max_length=21)))
+        check(without_dropout(make_job("bert", own_model=True, mode=mode)))
     else:
         check(make_job(kind, mode=mode))
 
 
 def without_dropout(job):
-    """Changes the model, which therefore must be no other test's."""
+    """Changes the model, which therefore must be the test's own."""
     for module in job.loaded.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -118,7 +118,7 @@ def test_decoders_classify_in_a_population(make_job, tmp_path, write_lines):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_jobs_of_a_population_meet_the_bad_batches_of_jobs_one_by_one(kind, make_job):
-    job = make_job(kind, mode="lora", bad_batches=0.5, gradient_accumulation=2, max_length=22)
+    job = make_job(kind, own_model=True, mode="lora", bad_batches=0.5, gradient_accumulation=2)
     check(without_dropout(job) if kind == "bert" else job, seeds=(0, 1, 2))
 
 
@@ -130,7 +130,7 @@ def test_a_layer_that_cannot_be_stacked_is_named_with_the_remedy(make_job):
     class Odd(nn.Linear):
         pass
 
-    job = make_job("llama", name="odd", max_length=23)
+    job = make_job("llama", own_model=True)
     layer = job.loaded.model.model.layers[1].mlp
     layer.up_proj.__class__ = Odd
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj") as caught:
@@ -141,7 +141,7 @@ def test_a_layer_that_cannot_be_stacked_is_named_with_the_remedy(make_job):
 
 
 def test_a_model_that_mixes_sequences_is_refused(make_job):
-    job = make_job("llama", name="mixing", max_length=22)
+    job = make_job("llama", own_model=True)
     norm = job.loaded.model.model.norm
     norm.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0, keepdim=True))
     with pytest.raises(UserError, match="does not compute the same with stacked layers"):
