@@ -187,9 +187,9 @@ class VectorLanes:
         )
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The environment's own state beside what is acted on next."""
-        inner = _env_state(self.env)
-        if inner is None or not self._started:
+        """The environment's own state beside what is acted on next; None before it was begun or if it has none."""
+        inner = _env_state(self.env) if self._started else None
+        if inner is None:
             return None
         return {**inner, **_pack(self._obs, self._mask), "in_episode": self.in_episode.tolist()}
 

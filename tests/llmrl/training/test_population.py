@@ -171,3 +171,13 @@ def test_arrays_leave_a_state_and_come_back() -> None:
     assert joined["b"]["c"].shape == (0, 2)
     assert joined["a"][1].tolist() == [0, 1, 2]
     assert joined["b"]["d"] == "text"
+
+
+def test_a_population_that_learns_from_logs_first_has_checkpoints_before_its_first_decision(tmp_path: Path) -> None:
+    first = make_config(training={"decisions": 24, "checkpoint_period_episodes": 2, "evaluation_episodes": 1})
+    train(config=first, output=tmp_path / "first")
+    values = first.model_dump(mode="json", by_alias=True, exclude={"agent": {"seed"}})
+    values["agent"] |= {"experience": [str(tmp_path / "first")], "pretrain_updates": 20}
+    train(config=TrainConfig.model_validate(values), output=tmp_path / "second")
+    kinds = [row["kind"] for row in read_jsonl(tmp_path / "second" / "metrics.jsonl")]
+    assert kinds.index("pretraining") < kinds.index("episode")
