@@ -49,7 +49,8 @@ def results_section(results: Results, source: str) -> str:
     tasks = sorted({row["task"] for row in results["rows"]})
     seeds = sorted({row["seed"] for row in results["rows"]})
     lines = [
-        f"{len(tasks)} tasks, {len(seeds)} seeds ({source}). Score: 1 is the best linear decay of a sweep of rates,",
+        f"{len(tasks)} tasks, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({source}).",
+        "Score: 1 is the best linear decay of a sweep of rates,",
         f"0 the loss before fine-tuning. Interquartile means with 95 % intervals over {_units(seeds)}; in brackets",
         "behind, the share of starts that end better than linear decay from the same rate. A job that ends worse than",
         "it began is a failure.",
