@@ -221,8 +221,8 @@ class TrainingConfig(Settings):
         decisions: Decisions taken in all environments of all processes together.
         demonstrations: Episodes that a script plays into the replay before the agent acts; updates go on meanwhile.
         demonstrator: What the script plays: `schedules`, known ones (linear, cosine, warm-up-stable-decay) at random
-            levels; `deviations`, one move in each job of a group, another one in each, and nothing else (see
-            `llmrl/training/deviations.py`).
+            levels; `neighbours`, a level in each job of a group, another one in each (see
+            `llmrl/training/neighbours.py`).
         checkpoint_period_episodes: Episodes between checkpoints.
         evaluation_period_episodes: Episodes between evaluations of the greedy policy; 0 evaluates at the end only.
         evaluation_episodes: Episodes of one evaluation.
@@ -232,7 +232,7 @@ class TrainingConfig(Settings):
 
     decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
-    demonstrator: Literal["schedules", "deviations"] = "schedules"
+    demonstrator: Literal["schedules", "neighbours"] = "schedules"
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
     evaluation_episodes: int = Field(default=8, ge=1)
@@ -277,10 +277,10 @@ class TrainConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _check_groups_of_deviations(self) -> TrainConfig:
-        if self.training.demonstrator == "deviations" and (self.env.groups != 5 or self.env.population != 5):
+    def _check_groups_of_neighbours(self) -> TrainConfig:
+        if self.training.demonstrator == "neighbours" and (self.env.groups != 7 or self.env.population != 7):
             raise ValueError(
-                "training.demonstrator deviations needs env.population 5 and env.groups 5: one that stays, four moves"
+                "training.demonstrator neighbours needs env.population 7 and env.groups 7: a job for each level"
             )
         return self
 

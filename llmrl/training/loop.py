@@ -29,10 +29,10 @@ from llmrl.failures import print_message
 from llmrl.run_directory import atomic_write_text, create_run_directory
 from llmrl.training.checkpoint import CHECKPOINTS
 from llmrl.training.demonstrations import Demonstrator
-from llmrl.training.deviations import Deviator
 from llmrl.training.evaluation import Evaluator
 from llmrl.training.experience import take_experience
 from llmrl.training.export import TrainedAgent, export_policy_folder
+from llmrl.training.neighbours import NeighbourLevels
 from llmrl.training.processes import OneProcess, Processes, join_processes, process_device, process_seed
 from llmrl.training.recording import Recorder, episode_facts, loss_charts
 from llmrl.training.resuming import RunState, load_run, save_run
@@ -180,18 +180,18 @@ class TrainingRun:
         if metrics is not None:
             self._learner_metrics = metrics
 
-    def _demonstrator(self) -> Demonstrator | Deviator:
+    def _demonstrator(self) -> Demonstrator | NeighbourLevels:
         present = self.collector.agent
-        if not isinstance(present, Demonstrator | Deviator) or self.collector.at_episode_boundary:
+        if not isinstance(present, Demonstrator | NeighbourLevels) or self.collector.at_episode_boundary:
             language = schedule_language(self.env)
             if language is None:
                 raise UserError("this environment has no demonstrations", expected="0", where="training.demonstrations")
             seed = process_seed(self.config.seed, self.processes.rank)
             rng = np.random.default_rng([seed, 11, self.num_episodes])
-            if self.config.training.demonstrator == "deviations":
+            if self.config.training.demonstrator == "neighbours":
                 table, spec, schedule = language
                 latest = schedule.cooldown_progress
-                return Deviator(self.agent, table, spec, self.collector.num_envs, latest, rng)
+                return NeighbourLevels(self.agent, table, spec, self.collector.num_envs, latest, rng)
             return Demonstrator(self.agent, *language, self.collector.num_envs, rng)
         return present
 

@@ -1,0 +1,156 @@
+"""Structured exploration: the members of a group hold neighbouring levels, and what each move gains is read off between them.
+
+Values of neighbouring levels differ by less than the noise of one job, and an error of one decision is repeated at the
+next. So a group (`env.groups`) shares task, seed and data order. Its first member stays at the default level; at a
+decision that is drawn for the group, early ones more often, the others go to -3 .. 3 grid places from there, two places
+a decision at most, and stay. Their returns are measured under the same noise.
+
+**What is stored are contrasts.** At each early decision at which a member stands at its level, and for each move that
+leads to the level of another member, a transition with this observation that ends there and pays the other's return
+less its own, in units of the best return of the group; staying pays nothing. Learned from such transitions, Q(s, a) is the gain of moving by `a` now over staying,
+at every level of the group; a policy that is greedy to it settles. The decision at which the group parts gives exact
+contrasts; at the others a level that was taken up a little earlier or later stands for one that is taken up now, which
+is why only early decisions count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from llmrl_envs.interface.action import ActionTable, UpdateChoice
+from llmrl_envs.interface.observation import ObservationSpec
+from numpy.typing import NDArray
+
+from llmrl.dqn.agent import Agent
+
+PLACES = (0, -3, -2, -1, 1, 2, 3)
+"""Levels of a group's members, as grid places from the default; the first member is the one that holds."""
+GROUP_SIZE = len(PLACES)
+FARTHEST = 2
+"""Grid places that a level moves at one decision."""
+EARLINESS = 1.7
+"""Groups part at the first decision from progress `latest * U**EARLINESS` on."""
+SMALLEST_UNIT = 0.25
+"""Least unit of contrasts, as a return: where no member gains much, differences are noise."""
+
+
+@dataclass
+class _Sight:
+    """What a member saw at a decision."""
+
+    obs: NDArray[Any]
+    mask: NDArray[np.bool_]
+
+
+@dataclass
+class _Member:
+    """A job of a group under way: how far it is from its level, and what it saw there."""
+
+    way: int
+    seen: list[_Sight] = field(default_factory=list)
+    gain: float = 0.0
+    is_over: bool = False
+
+
+class NeighbourLevels:
+    """Acts by plan and passes contrasts on to an agent.
+
+    Args:
+        agent: Gets the contrasts of every group that ends.
+        table: The environment's actions; it must have plain moves of one and two places in both directions.
+        spec: Layout of its observations.
+        num_envs: Environments that act together, in groups of `GROUP_SIZE`.
+        latest: Progress before which groups part and decisions count: where levels become final.
+        rng: Draws when each group parts.
+
+    Raises:
+        ValueError: The table lacks a move, or the environments are no whole groups.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        table: ActionTable,
+        spec: ObservationSpec,
+        num_envs: int,
+        latest: float,
+        rng: np.random.Generator,
+    ) -> None:
+        plain = {a.move: i for i, a in enumerate(table.actions) if a.level is None and a.choice is UpdateChoice.NONE}
+        moves = [move for move in range(-FARTHEST, FARTHEST + 1) if move]
+        if not set(moves) <= plain.keys():
+            raise ValueError(f"table: expected plain moves {moves}, got {sorted(plain)} in {table.name!r}")
+        if num_envs % GROUP_SIZE:
+            raise ValueError(f"num_envs: expected a multiple of {GROUP_SIZE}, got {num_envs}")
+        self._agent = agent
+        self._action_of = {**plain, 0: table.hold}
+        self._latest, self._rng = latest, rng
+        self._progress = spec.names.index("progress")
+        self._due = np.zeros(num_envs)
+        self._members = [_Member(0) for _ in range(num_envs)]
+
+    def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
+        """The next move of each lane towards its level, once its group has parted. int64[E]."""
+        actions = np.full(len(obs), self._action_of[0], np.int64)
+        for lane, row in enumerate(obs):
+            progress, place = float(row[self._progress]), lane % GROUP_SIZE
+            if progress == 0.0:
+                self._members[lane] = _Member(PLACES[place])
+                self._due[lane] = self._latest * self._rng.random() ** EARLINESS if place == 0 else self._due[lane - 1]
+            member = self._members[lane]
+            if member.way == 0 and progress < self._latest:
+                member.seen.append(_Sight(row.copy(), mask[lane].copy()))
+            elif progress >= self._due[lane]:
+                move = int(np.clip(member.way, -FARTHEST, FARTHEST))
+                if mask[lane, self._action_of[move]]:
+                    actions[lane] = self._action_of[move]
+                    member.way -= move
+        return actions
+
+    def observe(
+        self,
+        obs: NDArray[Any],
+        action: NDArray[np.int64],
+        reward: NDArray[np.floating[Any]],
+        terminated: NDArray[np.bool_],
+        truncated: NDArray[np.bool_],
+        next_obs: NDArray[Any],
+        mask: NDArray[np.bool_],
+        next_mask: NDArray[np.bool_],
+        valid: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Adds up what jobs gain; of a group that has ended the contrasts go to the agent."""
+        for lane, member in enumerate(self._members):
+            if valid is None or valid[lane]:
+                member.gain += float(reward[lane])
+                member.is_over |= bool(terminated[lane])
+        for first in range(0, len(self._members), GROUP_SIZE):
+            group = self._members[first : first + GROUP_SIZE]
+            if all(member.is_over for member in group):
+                self._tell(first, group)
+                self._members[first : first + GROUP_SIZE] = [_Member(0) for _ in group]
+
+    def _tell(self, first: int, group: list[_Member]) -> None:
+        """Passes a group's contrasts on, in the lanes in which they were seen."""
+        gains = {place: member.gain for place, member in zip(PLACES, group, strict=True) if member.way == 0}
+        unit = max(SMALLEST_UNIT, *gains.values())
+        for offset, (place, member) in enumerate(zip(PLACES, group, strict=True)):
+            for sight in member.seen:
+                for move in range(-FARTHEST, FARTHEST + 1):
+                    action = self._action_of[move]
+                    if place + move in gains and sight.mask[action]:
+                        self._store(first + offset, sight, action, (gains[place + move] - member.gain) / unit)
+
+    def _store(self, lane: int, sight: _Sight, action: int, gain: float) -> None:
+        num_envs = len(self._members)
+        obs, mask = np.repeat(sight.obs[None], num_envs, axis=0), np.repeat(sight.mask[None], num_envs, axis=0)
+        here, nowhere = np.arange(num_envs) == lane, np.zeros(num_envs, np.bool_)
+        actions, gains = np.full(num_envs, action, np.int64), np.full(num_envs, gain)
+        self._agent.observe(obs, actions, gains, here, nowhere, obs, mask, mask, valid=here)
+
+    def end_episodes(self) -> None:
+        """Forgets what is under way."""
+        self._members = [_Member(0) for _ in self._members]
+        self._agent.end_episodes()
