@@ -31,7 +31,7 @@ GROUP_SIZE = len(PLACES)
 FARTHEST = 2
 """Grid places that a level moves at one decision."""
 EARLINESS = 1.7
-"""Groups part at the first decision from progress `latest * U**EARLINESS` on."""
+"""Groups part at the first decision from progress `latest / 2 * U**EARLINESS` on, so that two moves find room."""
 SMALLEST_UNIT = 0.25
 """Least unit of contrasts, as a return: where no member gains much, differences are noise."""
 
@@ -98,7 +98,7 @@ class NeighbourLevels:
             progress, place = float(row[self._progress]), lane % GROUP_SIZE
             if progress == 0.0:
                 self._members[lane] = _Member(PLACES[place])
-                self._due[lane] = self._latest * self._rng.random() ** EARLINESS if place == 0 else self._due[lane - 1]
+                self._due[lane] = self._draw_parting() if place == 0 else self._due[lane - 1]
             member = self._members[lane]
             if member.way == 0 and progress < self._latest:
                 member.seen.append(_Sight(row.copy(), mask[lane].copy()))
@@ -108,6 +108,9 @@ class NeighbourLevels:
                     actions[lane] = self._action_of[move]
                     member.way -= move
         return actions
+
+    def _draw_parting(self) -> float:
+        return float(self._latest / 2 * self._rng.random() ** EARLINESS)
 
     def observe(
         self,
