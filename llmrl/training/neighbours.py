@@ -27,6 +27,8 @@ from llmrl.dqn.agent import Agent
 
 PLACES = (0, -3, -2, -1, 1, 2, 3)
 """Levels of a group's members, as grid places from the default; the first member is the one that holds."""
+NEAREST = PLACES.index(-1)
+"""The member whose mask says what the first one might do: that one's own allows nothing but holding."""
 GROUP_SIZE = len(PLACES)
 FARTHEST = 2
 """Grid places that a level moves at one decision."""
@@ -101,7 +103,7 @@ class NeighbourLevels:
                 self._due[lane] = self._draw_parting() if place == 0 else self._due[lane - 1]
             member = self._members[lane]
             if member.way == 0 and progress < self._latest:
-                member.seen.append(_Sight(row.copy(), mask[lane].copy()))
+                member.seen.append(_Sight(row.copy(), mask[lane if place else lane + NEAREST].copy()))
             elif progress >= self._due[lane]:
                 move = int(np.clip(member.way, -FARTHEST, FARTHEST))
                 if mask[lane, self._action_of[move]]:

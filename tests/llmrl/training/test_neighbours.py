@@ -49,7 +49,9 @@ def play(script: NeighbourLevels, gains: NDArray[np.float64], mask: NDArray[np.b
     The observation holds the place in its last entry, and the lane in the one before.
     """
     num_envs = len(gains)
-    mask = np.ones((num_envs, TABLE.num_actions), np.bool_) if mask is None else mask
+    if mask is None:
+        mask = np.ones((num_envs, TABLE.num_actions), np.bool_)
+        mask[::GROUP_SIZE] = np.arange(TABLE.num_actions) == TABLE.hold  # as the environment has it
     found, now, none = [np.zeros(num_envs, np.int64)], np.zeros(num_envs, np.int64), np.zeros(num_envs, np.bool_)
     for decision, progress in enumerate(np.linspace(0.0, 0.95, 20)):
         obs = np.zeros((num_envs, SPEC.size), np.float32)
