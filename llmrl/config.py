@@ -165,6 +165,9 @@ class AgentConfig(DQNConfig):
             as first published.
         experience: What earlier runs saw, put into the replay before learning starts: run directories or replay folders
             of runs with the same observations and actions.
+        ignored_features: Names of features that the network is blind to, in every stacked decision; `mode_*` names all
+            that begin so. What does not carry from the jobs of training to others does harm, and with this it can
+            stay in the experience.
         pretrain_updates: Updates on that experience before the first decision; they do not count against
             `replay_ratio`. With `training.decisions: 0` the policy is learned from logs alone.
         seed: Not a key here: the agent's generators follow from the run's seed.
@@ -173,6 +176,7 @@ class AgentConfig(DQNConfig):
     name: Literal["dqn", "tabular", "reinforce"] = "dqn"
     preset_name: PresetName = Field(default="default", alias="preset")
     experience: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    ignored_features: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     pretrain_updates: int = Field(default=0, ge=0)
     seed: int = Field(default=0, exclude=True)
 
@@ -207,6 +211,12 @@ class AgentConfig(DQNConfig):
     def _check_pretraining(self) -> AgentConfig:
         if self.pretrain_updates and not self.experience:
             raise ValueError(f"agent.pretrain_updates={self.pretrain_updates} needs agent.experience to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _check_blindness(self) -> AgentConfig:
+        if self.ignored_features and (self.ignored_obs or not self.normalize_obs):
+            raise ValueError("agent.ignored_features needs agent.normalize_obs, and no agent.ignored_obs beside it")
         return self
 
     def dqn(self, seed: int) -> DQNConfig:

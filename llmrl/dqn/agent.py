@@ -37,6 +37,7 @@ from llmrl.dqn.replay import Batch, ReplayBuffer
 from llmrl.dqn.replay_checks import is_finite
 
 FORMAT_VERSION = 1
+UNSEEN_DEVIATION = 1e30  # standardised by this an entry is zero, in every form in which a network is exported
 FEW_OBS = 8  # up to so many observations at once NumPy is faster than torch
 
 
@@ -135,7 +136,16 @@ class DQNAgent:
         )
         self.env_steps = 0
         self._scheduled_updates = 0
+        if config.ignored_obs:
+            self._check_ignored()
+            self._use_statistics()
         self._few = self._numpy_network()
+
+    def _check_ignored(self) -> None:
+        size = self.obs_shape[0]
+        if len(self.obs_shape) != 1 or max(self.config.ignored_obs) >= size:
+            expected = f"positions in observations of shape {self.obs_shape}"
+            raise ValueError(f"ignored_obs: expected {expected}, got {self.config.ignored_obs}")
 
     def _numpy_network(self) -> NumpyNetwork | None:
         """The online network over the same memory, for few observations at once on the CPU."""
@@ -264,8 +274,10 @@ class DQNAgent:
 
     def _use_statistics(self) -> None:
         seen = self._statistics if self.merge_statistics is None else self.merge_statistics(self._statistics)
+        deviation = seen.std
+        deviation[list(self.config.ignored_obs)] = UNSEEN_DEVIATION
         for network in (self.learner.online, self.learner.target):
-            network.set_obs_statistics(seen.mean, seen.std)
+            network.set_obs_statistics(seen.mean, deviation)
 
     def _update(self) -> UpdateResult:
         batch = self._sample()

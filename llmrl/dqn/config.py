@@ -7,7 +7,7 @@ Each feature is one flag, so that an ablation changes one line. `DQNConfig.prese
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -81,6 +81,9 @@ class DQNConfig(BaseModel):
     branches: tuple[int, ...] | None = Field(None, description="sizes of the factors of the action; product = actions")
     normalize_obs: bool = Field(False, description="standardise observations with running statistics")
     normalize_obs_steps: int = Field(10_000, ge=1, description="the statistics stop moving after so many steps")
+    ignored_obs: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="positions of a vector observation that the network is blind to; needs normalize_obs"
+    )
 
     # Value distribution. C51: https://arxiv.org/abs/1707.06887. QR-DQN: https://arxiv.org/abs/1710.10044.
     # Acting on the lower tail: https://arxiv.org/abs/1806.06923.
@@ -174,6 +177,8 @@ class DQNConfig(BaseModel):
                 "epsilon_schedule 'exponential': expected epsilon_start and epsilon_end above 0,"
                 f" got {self.epsilon_start} and {self.epsilon_end}"
             )
+        if self.ignored_obs and not self.normalize_obs:
+            raise ValueError(f"ignored_obs: expected normalize_obs, got {self.ignored_obs} without it")
         if self.noisy and self.epsilon_schedule == "ladder":
             raise ValueError("noisy: expected epsilon_schedule 'linear' or 'exponential', got 'ladder'")
         if self.gamma_end is not None and max(self.gamma, self.gamma_end) >= 1 and self.gamma != self.gamma_end:

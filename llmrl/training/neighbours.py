@@ -1,4 +1,4 @@
-"""Structured exploration: the members of a group hold neighbouring levels, and what each move gains is read off between them.
+"""Structured exploration: a group's members hold neighbouring levels, and what a move gains is read off between them.
 
 Values of neighbouring levels differ by less than the noise of one job, and an error of one decision is repeated at the
 next. So a group (`env.groups`) shares task, seed and data order. Its first member stays at the default level; at a
@@ -7,10 +7,10 @@ a decision at most, and stay. Their returns are measured under the same noise.
 
 **What is stored are contrasts.** At each early decision at which a member stands at its level, and for each move that
 leads to the level of another member, a transition with this observation that ends there and pays the other's return
-less its own, in units of the best return of the group; staying pays nothing. Learned from such transitions, Q(s, a) is the gain of moving by `a` now over staying,
-at every level of the group; a policy that is greedy to it settles. The decision at which the group parts gives exact
-contrasts; at the others a level that was taken up a little earlier or later stands for one that is taken up now, which
-is why only early decisions count.
+less its own, in units of the best return of the group; staying pays nothing. Learned from such transitions, Q(s, a) is
+the gain of moving by `a` now over staying, at every level of the group; a policy that is greedy to it settles. The
+decision at which the group parts gives exact contrasts; at the others a level that was taken up a little earlier or
+later stands for one that is taken up now, which is why only early decisions count.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -159,6 +160,9 @@ def make_agent(config: TrainConfig, env: Environment, processes: Processes | Non
         return ReinforceAgent(settings, **shapes)
     dtype = np.uint8 if space.dtype == np.uint8 else np.float32
     language = schedule_language(env)
+    if config.agent.ignored_features:
+        ignored = _positions(config.agent.ignored_features, language[1].names if language else ())
+        settings = settings.model_copy(update={"ignored_obs": ignored})
     metadata = {"actions": language[0].hash, "observation": language[1].hash} if language else None
     if processes.num_processes == 1:
         return DQNAgent(settings, **shapes, obs_dtype=dtype, metadata=metadata)
@@ -166,6 +170,20 @@ def make_agent(config: TrainConfig, env: Environment, processes: Processes | Non
     agent = DQNAgent(own, **shapes, obs_dtype=dtype, metadata=metadata, rank=processes.rank)
     connect(agent, settings.batch_size, processes)
     return agent
+
+
+def _positions(patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, ...]:
+    """Positions of the features whose name, without its age, matches one of the patterns."""
+    plain = [name.split("@")[0] for name in names]
+    for pattern in patterns:
+        if not fnmatch.filter(plain, pattern):
+            raise UserError(
+                "no such feature to ignore",
+                expected=f"one of {', '.join(dict.fromkeys(plain))}" if plain else "an environment with named features",
+                got=pattern,
+                where="agent.ignored_features",
+            )
+    return tuple(i for i, name in enumerate(plain) if any(fnmatch.fnmatchcase(name, p) for p in patterns))
 
 
 def schedule_language(env: Environment) -> tuple[ActionTable, ObservationSpec, ScheduleSettings] | None:

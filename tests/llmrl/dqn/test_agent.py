@@ -388,3 +388,21 @@ def test_cart_pole_is_learned() -> None:
             lengths.append(length)
             length = 0
     assert np.mean(lengths[-10:]) > 150
+
+
+def test_a_network_is_blind_to_ignored_entries_before_and_after_learning() -> None:
+    learning = agent(normalize_obs=True, ignored_obs=(1,))
+    obs = np.random.default_rng(0).normal(size=(20, NUM_OBS)).astype(np.float32)
+    changed, seen = obs.copy(), obs.copy()
+    changed[:, 1], seen[:, 2] = 100.0, 5.0
+    for _ in range(2):
+        for part in (slice(0, 1), slice(None)):  # few at once go through NumPy
+            np.testing.assert_array_equal(learning.q_values(obs[part]), learning.q_values(changed[part]))
+            assert not np.allclose(learning.q_values(obs[part]), learning.q_values(seen[part]))
+        World().play(learning, 40)
+
+
+@pytest.mark.parametrize(("changes", "told"), [({}, "normalize_obs"), ({"normalize_obs": True}, "positions in obs")])
+def test_entries_that_cannot_be_ignored_are_told(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        agent(ignored_obs=(NUM_OBS,), **changes)

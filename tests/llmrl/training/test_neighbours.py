@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
 from llmrl.config import TrainConfig
+from llmrl.policy import SchedulePolicy
 from llmrl.run_directory import read_jsonl
 from llmrl.training.loop import train
 from llmrl.training.neighbours import GROUP_SIZE, PLACES, SMALLEST_UNIT, NeighbourLevels
@@ -175,8 +177,21 @@ def test_a_run_collects_contrasts_and_another_learns_from_them(tmp_path: Path) -
     episodes = [row for row in rows if row["kind"] == "episode"]
     assert len(episodes) >= GROUP_SIZE
     assert len(episodes) % GROUP_SIZE == 0
-    learned = make_config(experience=[str(tmp_path / "experience")], pretrain_updates=20, batch_size=16)
+    blind = {"normalize_obs": True, "ignored_features": ["mode_*", "last_hold"]}
+    learned = make_config(experience=[str(tmp_path / "experience")], pretrain_updates=20, batch_size=16, **blind)
     train(config=learned, output=tmp_path / "policy")
     told = read_jsonl(tmp_path / "policy" / "metrics.jsonl")
     assert all(row["transitions"] > len(episodes) for row in told if row["kind"] == "experience")
-    assert (tmp_path / "policy" / "policy" / "model.safetensors").is_file()
+    policy = SchedulePolicy.from_pretrained(str(tmp_path / "policy" / "policy"))
+    obs, mask = np.zeros((1, SPEC.size), np.float32), np.ones((1, TABLE.num_actions), np.bool_)
+    other = obs.copy()
+    other[0, [SPEC.names.index(name) for name in ("mode_full", "last_hold", "last_hold@2")]] = 1.0
+    np.testing.assert_array_equal(policy.act(obs, mask).q_values, policy.act(other, mask).q_values)
+
+
+def test_a_feature_that_is_not_there_cannot_be_ignored(tmp_path: Path) -> None:
+    config = make_config(experience=["nowhere"], pretrain_updates=1, normalize_obs=True, ignored_features=["mood_*"])
+    with pytest.raises(UserError, match="mood_"):
+        train(config=config, output=tmp_path)
+    with pytest.raises(ValueError, match="normalize_obs"):
+        make_config(ignored_features=["mode_*"])
