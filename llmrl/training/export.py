@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrl_envs.jobs.task import TaskDistribution
+
 import llmrl
 from llmrl.config import TrainConfig
+from llmrl.config_loading import load_config
 from llmrl.dqn.agent import Agent
 from llmrl.dqn.network_file import load_network
 from llmrl.policy import SchedulePolicy
 from llmrl.training.setup import Environment, schedule_language
+
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,32 @@ def _provenance(trained: TrainedAgent) -> dict[str, Any]:
         "results": {name: round(value, 6) for name, value in trained.final.items()},
     }
     if config.env.tasks is not None:
-        values["tasks"] = [
-            {"name": task.name, "model": task.model, "data": task.data.train, "mode": task.mode, "steps": task.steps}
-            for task in config.env.tasks.tasks
-        ]
+        # Who learns from logs alone takes no decision: the tasks are those that it is evaluated on.
+        values["tasks" if config.training.decisions else "evaluated_on"] = _facts(config.env.tasks)
         values["learning_rate_log10_range"] = list(config.env.tasks.learning_rate_log10_range)
-    return values
+    experience = [found for path in config.agent.experience if (found := _experience_facts(Path(path)))]
+    return values | ({"experience": experience} if experience else {})
+
+
+def _facts(tasks: TaskDistribution) -> list[dict[str, Any]]:
+    shared = tasks.steps_range
+    return [
+        {
+            "name": task.name,
+            "objective": task.objective,
+            "model": task.model,
+            "data": task.data.train,
+            "mode": task.mode,
+            "steps": list(shared) if shared else task.steps,
+        }
+        for task in tasks.tasks
+    ]
+
+
+def _experience_facts(run: Path) -> dict[str, Any]:
+    """What an earlier run was collected on; nothing where only its replay is there."""
+    if not (run / CONFIG_FILE).is_file():
+        return {}
+    earlier = load_config("train", run / CONFIG_FILE)
+    tasks = {} if earlier.env.tasks is None else {"tasks": _facts(earlier.env.tasks)}
+    return {"run": run.name, "seed": earlier.seed, "decisions": earlier.training.decisions, **tasks}

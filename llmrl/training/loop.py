@@ -31,7 +31,7 @@ from llmrl.training.checkpoint import CHECKPOINTS
 from llmrl.training.demonstrations import Demonstrator
 from llmrl.training.evaluation import Evaluator
 from llmrl.training.experience import take_experience
-from llmrl.training.export import TrainedAgent, export_policy_folder
+from llmrl.training.export import CONFIG_FILE, TrainedAgent, export_policy_folder
 from llmrl.training.neighbours import NeighbourLevels
 from llmrl.training.processes import OneProcess, Processes, join_processes, process_device, process_seed
 from llmrl.training.recording import Recorder, episode_facts, loss_charts
@@ -39,7 +39,7 @@ from llmrl.training.resuming import RunState, load_run, save_run
 from llmrl.training.setup import make_agent, make_environment, make_evaluation_environment, schedule_language
 from llmrl.training.sharing import check_equal, learner_digest
 
-CONFIG_FILE, POLICY = "config.yaml", "policy"
+POLICY = "policy"
 PRETRAINING_PARTS = 10  # rows and checkpoints of the updates on stored experience
 UPDATES_BETWEEN_MEETINGS = 100  # after which a signal to stop is noticed
 

@@ -183,6 +183,10 @@ def test_a_run_collects_contrasts_and_another_learns_from_them(tmp_path: Path) -
     told = read_jsonl(tmp_path / "policy" / "metrics.jsonl")
     assert all(row["transitions"] > len(episodes) for row in told if row["kind"] == "experience")
     policy = SchedulePolicy.from_pretrained(str(tmp_path / "policy" / "policy"))
+    (collected,) = policy.provenance["experience"]
+    assert (collected["run"], collected["decisions"]) == ("experience", 70)
+    assert [task["data"] for task in collected["tasks"]] == ["builtin:json"]
+    assert "tasks" not in policy.provenance
     obs, mask = np.zeros((1, SPEC.size), np.float32), np.ones((1, TABLE.num_actions), np.bool_)
     other = obs.copy()
     other[0, [SPEC.names.index(name) for name in ("mode_full", "last_hold", "last_hold@2")]] = 1.0
