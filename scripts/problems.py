@@ -62,16 +62,12 @@ def grid_world(steps: int) -> dict[str, Any]:
 
 
 def cart_pole(steps: int) -> dict[str, Any]:
-    """A cart that drifts away slowly shows in small differences of value: Munchausen widens them.
-
-    Positions and angles differ in size tenfold, so they are standardised.
-    """
+    """A cart that drifts away slowly shows in small differences of value: Munchausen widens them."""
     return {
         **decaying(steps, 5e-4),
         "n_step": 5,
-        "batch_size": 64,
+        "batch_size": 128,
         "munchausen": True,
-        "normalize_obs": True,
         "epsilon_decay_steps": min(max(steps // 5, 1), 4_000),
     }
 
@@ -81,8 +77,8 @@ def lunar_lander(steps: int) -> dict[str, Any]:
     return {
         **decaying(steps, 5e-4),
         "n_step": 3,
-        "hidden_sizes": (256, 256),
-        "batch_size": 128,
+        "batch_size": 64,
+        "munchausen": True,
         "reward_scale": 0.1,
         "epsilon_decay_steps": max(steps // 8, 1),
     }
@@ -94,6 +90,7 @@ def acrobot(steps: int) -> dict[str, Any]:
         **decaying(steps, 5e-4, 0.5),
         "n_step": 5,
         "batch_size": 64,
+        "munchausen": True,
         "reward_scale": 0.1,
         "epsilon_decay_steps": max(steps // 8, 1),
     }
