@@ -112,7 +112,7 @@ def mountain_car(steps: int) -> dict[str, Any]:
 def noisy_quadratic(steps: int) -> dict[str, Any]:
     """Decisions are cheap and what sets actions apart is small: few updates, large batches, returns to the end.
 
-    Munchausen widens the difference, without which a job in a few hundred is left at a rate that ruins it.
+    Munchausen widens the difference, so that fewer jobs are left at a rate that ruins them.
     """
     return {
         **decaying(steps, 2e-3, 0.02),
