@@ -4,8 +4,8 @@
     python scripts/ablate_dqn.py CartPole-v1 --steps 10000 --seeds 3 --output ablation.json
     python scripts/ablate_dqn.py GridWorld --steps 3000 --seeds 3 --only double munchausen --output ablation.json
 
-The base is the problem's setting in `solve.py` with everything off that a row turns on. Each row changes one thing and
-trains, as `solve.py` does, from the same seeds; the difference to the base is taken seed by seed. Rows whose name
+The base is the problem's setting in `problems.py` with everything off that a row turns on. Each row changes one thing
+and trains, as `solve.py` does, from the same seeds; the difference to the base is taken seed by seed. Rows whose name
 begins with "logs" learn from the replay of the base's run alone, with no step in the environment. The output holds
 {env, steps, seeds, rows: [{name, changes, returns, mean, difference, ci_low, ci_high, details}]}; the interval is the
 95 % bootstrap of the mean difference over seeds. With few seeds it is wide: rows whose interval holds 0 are not told
@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from solve import PROBLEMS, evaluate, new_agent, problem_of, train
+from playing import evaluate, train
+from problems import PROBLEMS, problem_of
+from solve import new_agent
 
 from llmrl.dqn.agent import DQNAgent
 from llmrl.dqn.config import DQNConfig

@@ -4,7 +4,7 @@
     python scripts/bench_dqn.py --output bench.json --sb3-python ENV/bin/python --cpprb-python ENV/bin/python \
         --cleanrl-python ENV/bin/python --cleanrl-directory CHECKOUT --torchrl-python ENV/bin/python
     python scripts/bench_dqn.py --quick --output bench.json ...
-    python scripts/bench_dqn.py --only steps --output bench.json ...      # the comparisons with the word in their name
+    python scripts/bench_dqn.py --only steps --repeats 9 --output bench.json ...  # those with the word in their name
 
 Peers may live in environments of their own, given by their Python; one that is found nowhere leaves null. Every
 measurement is a process with one thread that counts its own CPU seconds; ours and the peer's alternate. The replay's
@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and operations")
+    parser.add_argument("--repeats", type=int, help="pairs of measurements; 7, or 3 with --quick")
     parser.add_argument("--only", default="", help="only comparisons whose name contains this")
     for peer in ("sb3", "cleanrl", "cpprb", "torchrl"):
         parser.add_argument(f"--{peer}-python", help=f"Python of an environment with what {peer} needs")
@@ -175,6 +176,9 @@ def main() -> None:
     if arguments.output is None:
         parser.error("expected --output FILE")
     repeats, steps, updates = (3, "5000", "500") if arguments.quick else (7, "20000", "1000")
+    repeats = repeats if arguments.repeats is None else arguments.repeats
+    if repeats < 1:
+        parser.error(f"expected --repeats of at least 1, got {repeats}")
     checkout = arguments.cleanrl_directory
     sb3 = find_python("stable_baselines3", arguments.sb3_python)
     cleanrl = None if checkout is None else arguments.cleanrl_python or sys.executable

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTATIONS = runpy.run_path(str(ROOT / "scripts" / "mutations.py"))["MUTATIONS"]
+sys.path.insert(0, str(ROOT / "scripts"))
+try:
+    from mutations import MUTATIONS
+finally:
+    sys.path.pop(0)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

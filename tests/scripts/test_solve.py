@@ -18,20 +18,20 @@ def scripts(monkeypatch):
     """The scripts, importable as they are when one is run."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield
-    for name in ("solve", "catch", "ablate_dqn"):
+    for name in ("solve", "problems", "known_optima", "playing", "catch", "ablate_dqn"):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("steps", [1, 20_000, 500_000])
 def test_every_problem_has_settings_for_any_number_of_steps(scripts, steps):
-    from solve import PROBLEMS, settings_of
+    from problems import PROBLEMS, settings_of
 
     for problem in PROBLEMS.values():
         DQNConfig(**settings_of(problem, steps, {}))
 
 
 def test_the_rate_decays_over_the_run_for_another_replay_ratio_too(scripts):
-    from solve import problem_of, settings_of
+    from problems import problem_of, settings_of
 
     problem = problem_of("CartPole-v1")
     assert settings_of(problem, 1_000, {"replay_ratio": 2.0})["learning_rate_decay_steps"] == 2_000
@@ -42,7 +42,7 @@ def test_the_rate_decays_over_the_run_for_another_replay_ratio_too(scripts):
 @pytest.mark.parametrize("env", ["GridWorld", "CartPole-v1", "NoisyQuadratic"])
 def test_every_row_of_an_ablation_changes_the_agent(scripts, env):
     from ablate_dqn import base_changes, rows
-    from solve import problem_of, settings_of
+    from problems import problem_of, settings_of
 
     problem = problem_of(env)
     base = DQNConfig(**settings_of(problem, 1_000, base_changes()))

@@ -1,38 +1,10 @@
-"""The bugs that `check_mutations.py` puts in: each shipped in a well-known DQN library, or is a close relative."""
+"""Bugs of the replay: returns over n steps, priorities, the sum tree, files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from mutations.mutation import Mutation
 
-
-@dataclass(frozen=True)
-class Mutation:
-    """One bug: a text of one file, what it becomes, and the test files that are to notice."""
-
-    name: str
-    file: str  # in llmrl/dqn
-    old: str
-    new: str
-    tests: tuple[str, ...]  # tests/llmrl/dqn/test_NAME.py
-    quick: bool = False
-
-
-MUTATIONS = (
-    Mutation(
-        "epsilon stuck at its end value",
-        "exploration.py",
-        "return linear(self.start, self.end, env_steps, self.decay_steps)",
-        "return self.end",
-        ("exploration",),
-        quick=True,
-    ),
-    Mutation(
-        "epsilon stuck at its start value",
-        "agent.py",
-        "self.exploration.choose(mask, self.env_steps)",
-        "self.exploration.choose(mask, 0)",
-        ("known_bugs",),
-    ),
+REPLAY = (
     Mutation(
         "n-step returns run across truncations",
         "replay_rows.py",
@@ -112,43 +84,6 @@ MUTATIONS = (
         ("n_step",),
     ),
     Mutation(
-        "importance weights dropped with Huber",
-        "learner.py",
-        "losses.weighted_mean(loss, batch.weight)",
-        'loss.mean() if self.config.loss == "huber" else losses.weighted_mean(loss, batch.weight)',
-        ("analytic", "learner"),
-        quick=True,
-    ),
-    Mutation(
-        "importance weights dropped by the written-out gradient",
-        "analytic.py",
-        "weighted = slope * batch.weight",
-        "weighted = slope",
-        ("analytic",),
-        quick=True,
-    ),
-    Mutation(
-        "the written-out gradient of Huber is not clipped",
-        "analytic.py",
-        'td.clip(-delta, delta) if self._config.loss == "huber" else td',
-        "td",
-        ("analytic",),
-    ),
-    Mutation(
-        "maximum over next actions that are not available, beside autograd",
-        "analytic.py",
-        "if np.count_nonzero(batch.next_mask) < batch.next_mask.size:",
-        "if False:",
-        ("analytic",),
-    ),
-    Mutation(
-        "double Q-learning evaluates with the network that chooses, beside autograd",
-        "analytic.py",
-        "q[rows, selector.argmax(axis=1)]",
-        "selector[rows, selector.argmax(axis=1)]",
-        ("analytic",),
-    ),
-    Mutation(
         "importance weights with the wrong sign",
         "replay.py",
         "self._tree.total) ** -beta",
@@ -161,13 +96,6 @@ MUTATIONS = (
         "(len(self) * self._tree.get(index) / self._tree.total)",
         "(self._tree.get(index) / self._tree.total)",
         ("replay",),
-    ),
-    Mutation(
-        "the agent draws without importance weights",
-        "agent.py",
-        "beta=learner.importance_exponent if",
-        "beta=0.0 if",
-        ("known_bugs",),
     ),
     Mutation(
         "priorities squared: alpha applied twice",
@@ -183,20 +111,6 @@ MUTATIONS = (
         "np.asarray((priority**2 + PRIORITY_FLOOR) ** self.alpha)",
         ("replay",),
         quick=True,
-    ),
-    Mutation(
-        "priorities squared by the learner",
-        "td_loss.py",
-        "return loss, td.detach().abs(),",
-        "return loss, td.detach() ** 2,",
-        ("analytic", "known_bugs"),
-    ),
-    Mutation(
-        "priorities squared beside autograd",
-        "analytic.py",
-        "return loss, np.abs(td), value",
-        "return loss, td**2, value",
-        ("known_bugs",),
     ),
     Mutation(
         "stale priorities reach the transition that took the slot",
@@ -253,28 +167,6 @@ MUTATIONS = (
         'if t.obs.dtype.kind == "f" and not math.isfinite(np.vdot(t.obs, t.next_obs)):',
         "if False:",
         ("replay_checks",),
-    ),
-    Mutation(
-        "one exploration coin for all environments",
-        "exploration.py",
-        "coin = self._rng.random(self.num_envs)",
-        "coin = np.full(self.num_envs, self._rng.random())",
-        ("exploration",),
-        quick=True,
-    ),
-    Mutation(
-        "exploration ignores the mask",
-        "exploration.py",
-        "random_actions(mask[starts], self._rng)",
-        "random_actions(np.ones_like(mask[starts]), self._rng)",
-        ("exploration",),
-    ),
-    Mutation(
-        "exploratory actions go on into the next episode",
-        "exploration.py",
-        "self._remaining[ended] = 0",
-        "pass",
-        ("exploration",),
     ),
     Mutation(
         "replay that pickles",
@@ -334,91 +226,5 @@ MUTATIONS = (
         'np.where(last["terminated"], np.float32(0.0), discount)',
         'np.where(last["terminated"] | last["truncated"], np.float32(0.0), discount)',
         ("n_step",),
-    ),
-    Mutation(
-        "terminated and truncated confused by the collector",
-        "lanes.py",
-        "            FLAG[bool(terminated)],\n            FLAG[bool(truncated)],\n",
-        "            FLAG[bool(terminated or truncated)],\n            FLAG[False],\n",
-        ("collector",),
-    ),
-    Mutation(
-        "the first observation of the next episode taken for the final one",
-        "lanes.py",
-        'next_obs[lane] = info["final_obs"][lane]',
-        "pass",
-        ("collector",),
-    ),
-    Mutation(
-        "the step that only resets an environment taken for a transition",
-        "lanes.py",
-        "~resetting if resetting.any() else None",
-        "None",
-        ("collector",),
-    ),
-    Mutation(
-        "gradient through the target of Q-learning",
-        "losses.py",
-        "    target = r_t + discount_t * masked(q_t, mask_t).amax(dim=1)\n    return target.detach() -",
-        "    target = r_t + discount_t * masked(q_t, mask_t).amax(dim=1)\n    return target -",
-        ("losses",),
-        quick=True,
-    ),
-    Mutation(
-        "gradient through the target of double Q-learning",
-        "losses.py",
-        "select(q_t_value, greedy_action(q_t_selector, mask_t))\n    return target.detach() -",
-        "select(q_t_value, greedy_action(q_t_selector, mask_t))\n    return target -",
-        ("losses",),
-    ),
-    Mutation(
-        "maximum over next actions that are not available",
-        "losses.py",
-        "masked(q_t, mask_t).amax(dim=1)",
-        "q_t.amax(dim=1)",
-        ("losses",),
-        quick=True,
-    ),
-    Mutation(
-        "double Q-learning chooses next actions that are not available",
-        "losses.py",
-        "select(q_t_value, greedy_action(q_t_selector, mask_t))",
-        "select(q_t_value, greedy_action(q_t_selector))",
-        ("losses",),
-    ),
-    Mutation(
-        "the learner does not pass the mask on",
-        "td_loss.py",
-        "batch.discount, selector, target_outputs, batch.next_mask",
-        "batch.discount, selector, target_outputs, None",
-        ("analytic",),
-    ),
-    Mutation(
-        "double Q-learning evaluates with the network that chooses",
-        "losses.py",
-        "select(q_t_value, greedy_action(q_t_selector, mask_t))",
-        "select(q_t_selector, greedy_action(q_t_selector, mask_t))",
-        ("losses",),
-    ),
-    Mutation(
-        "target network that is never updated",
-        "learner.py",
-        "if self.learner_steps % self.config.target_update_period == 0:",
-        "if False:",
-        ("learner",),
-    ),
-    Mutation(
-        "a gradient that is not finite is applied",
-        "learner.py",
-        "        if not math.isfinite(norm):\n            return False\n",
-        "",
-        ("learner",),
-    ),
-    Mutation(
-        "a resumed agent that draws other batches",
-        "agent.py",
-        'self._sample_rng.bit_generator.state = state["sample_rng"]',
-        "pass",
-        ("agent",),
     ),
 )
