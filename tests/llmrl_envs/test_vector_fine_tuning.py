@@ -13,7 +13,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning import FineTuningEnv
 from llmrl_envs.jobs import passes
 from llmrl_envs.jobs.loading import JobLibrary
-from llmrl_envs.jobs.population import session as population
+from llmrl_envs.jobs.population import training as population
 from llmrl_envs.jobs.task import SampledTask
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 

@@ -43,6 +43,17 @@ def test_workers_hold_their_own_objects(workers):
     assert ask_all(workers, "copy") == [[1], [4, 5, 2]]
 
 
+def test_a_worker_keeps_freed_memory_unless_the_caller_wants_otherwise(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "123")
+    worker = WorkerProcess(subprocess.getoutput, "env")
+    worker.answer()
+    worker.ask("splitlines")
+    found = dict(line.split("=", 1) for line in worker.answer() if "=" in line)
+    assert (found["MALLOC_MMAP_THRESHOLD_"], found["MALLOC_TRIM_THRESHOLD_"]) == (str(2**25), "123")
+    assert found["OMP_NUM_THREADS"] == "1"
+    worker.close()
+
+
 def test_an_error_is_raised_here_when_all_have_answered(workers):
     with pytest.raises(IndexError) as caught:
         ask_all(workers, "__getitem__", [100, 0])

@@ -13,6 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.population import memory
 from llmrl_envs.jobs.population.session import PopulationSession
+from llmrl_envs.jobs.population.training import PopulationTraining
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
 from llmrl.config import EnvConfig, TrainConfig
@@ -106,7 +107,7 @@ def test_memory_grows_by_the_formula_with_every_job(mode: str) -> None:
     for count in (2, 6):
         members = [session.add(job, seed) for seed in range(count)]
         session.mark_best(members)
-        rows = [session.stack.gradients, *session._row_tensors().values(), *session._best._kept]
+        rows = [session.stack.gradients, *session.rows.tensors().values(), *session._best._kept]
         held = sum(tensor[:count].numel() * tensor.element_size() for tensor in rows)
         for member in members:
             session.remove(member)
@@ -150,15 +151,15 @@ def test_a_pass_that_runs_out_of_memory_goes_on_in_halves_with_the_same_numbers(
     tight = gymnasium.make_vec("llmrl_envs:llmrl/FineTuning-v0", num_envs=5, tasks=tasks, device="cpu")
     wanted = [plain.reset(seed=0)[0], plain.step(np.full(5, 2))[0]]
     found = [tight.reset(seed=0)[0]]
-    original = PopulationSession._backward
+    original = PopulationTraining._backward
 
-    def crowded(self: PopulationSession, sequences: Any, shares: Any, start: int) -> Any:
+    def crowded(self: PopulationTraining, sequences: Any, shares: Any, start: int) -> Any:
         losses = original(self, sequences, shares, start)
         if len(shares) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return losses
 
-    monkeypatch.setattr(PopulationSession, "_backward", crowded)
+    monkeypatch.setattr(PopulationTraining, "_backward", crowded)
     found.append(tight.step(np.full(5, 2))[0])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     assert "out of memory with 5 jobs in one pass; going on with 2" in caplog.text

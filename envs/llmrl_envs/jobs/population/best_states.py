@@ -10,45 +10,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrl_envs.jobs.population.members import Member
-from llmrl_envs.jobs.population.optimizer import PopulationAdamW
-from llmrl_envs.jobs.population.stack import WeightStack, grown
+from llmrl_envs.jobs.population.rows import PopulationRows
+from llmrl_envs.jobs.population.stack import grown
 
 
 class BestStates:
     """Weights, moments and averages of jobs as they were at their best, by each job's `home`.
 
     Args:
-        stack: The weights.
-        optimizer: The moments.
+        rows: The jobs' present states.
     """
 
-    def __init__(self, stack: WeightStack, optimizer: PopulationAdamW) -> None:
-        self._stack = stack
-        self._optimizer = optimizer
+    def __init__(self, rows: PopulationRows) -> None:
+        self._rows = rows
         self._kept: list[Tensor] = []
         self.touched: NDArray[np.bool_] = np.zeros((0, 2), np.bool_)
 
-    def keep(self, members: Sequence[Member], average: Tensor | None, touched: NDArray[np.bool_]) -> None:
-        """Keeps the present states of jobs.
-
-        Args:
-            members: The jobs.
-            average: float32[C, N], averaged weights, if there are any.
-            touched: bool[C, 2], which halves the optimizer has stepped.
-        """
+    def keep(self, members: Sequence[Member]) -> None:
+        """Keeps the present states of jobs."""
         if not members:
             return
-        live = self._live(average)
-        self._make_room(live, max(max(member.home for member in members) + 1, len(touched)))
+        live = self._live()
+        self._make_room(live, max(max(member.home for member in members) + 1, len(self._rows.touched)))
         homes, rows = [member.home for member in members], [member.row for member in members]
         for kept, tensor in zip(self._kept, live, strict=True):
             kept[homes] = tensor[rows]
-        self.touched[homes] = touched[rows]
+        self.touched[homes] = self._rows.touched[rows]
         for member in members:
             member.has_best = True
 
-    def restore(self, members: Sequence[Member], average: Tensor | None, touched: NDArray[np.bool_]) -> None:
-        """Takes jobs back to their best states; arguments as for `keep`.
+    def restore(self, members: Sequence[Member]) -> None:
+        """Takes jobs back to their best states.
 
         Raises:
             ValueError: A job has none.
@@ -59,9 +51,9 @@ class BestStates:
         if not members:
             return
         homes, rows = [member.home for member in members], [member.row for member in members]
-        for kept, tensor in zip(self._kept, self._live(average), strict=True):
+        for kept, tensor in zip(self._kept, self._live(), strict=True):
             tensor[rows] = kept[homes]
-        touched[rows] = self.touched[homes]
+        self._rows.touched[rows] = self.touched[homes]
 
     def _make_room(self, live: Sequence[Tensor], capacity: int) -> None:
         if not self._kept:
@@ -71,8 +63,9 @@ class BestStates:
             self._kept = [grown(tensor, capacity) for tensor in self._kept]
             self.touched = np.concatenate([self.touched, np.zeros((missing, 2), np.bool_)])
 
-    def _live(self, average: Tensor | None) -> list[Tensor]:
-        live = [self._stack.weights, self._optimizer.exp_avg, self._optimizer.exp_avg_sq, self._optimizer.steps]
+    def _live(self) -> list[Tensor]:
+        optimizer, average = self._rows.optimizer, self._rows.average
+        live = [self._rows.stack.weights, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps]
         return live if average is None else [*live, average]
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -91,7 +84,7 @@ class BestStates:
         if not members:
             return
         homes = [member.home for member in members]
-        self._kept = [tensor[:0].to(self._stack.weights.device) for tensor in kept]
+        self._kept = [tensor[:0].to(self._rows.stack.weights.device) for tensor in kept]
         self.touched = self.touched[:0]
         self._make_room(self._kept, max(homes) + 1)
         for target, tensor in zip(self._kept, kept, strict=True):

@@ -2,134 +2,23 @@
 
 Row p * B + b of a layer's input is sequence b of job p. Each layer folds its input to [P, B x L, features], works with
 batched matrix products, and gives it back in the shape that the model knows, so the model's own forward pass runs
-unchanged. The gradients have the layout of the weights.
+unchanged. Bound to one job without gradients, a layer is a plain one, with the plain one's kernels.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 
-
-def _add_product(sink: Tensor | None, left: Tensor, right: Tensor, weight: Tensor) -> Tensor | None:
-    """The gradient `left @ right` of a weight: added to where its job's row keeps it, or given back without a sink."""
-    if sink is None:
-        return torch.bmm(left, right).to(weight.dtype)
-    if left.is_cuda and left.dtype == sink.dtype:
-        sink.baddbmm_(left, right)  # on a CPU a product for each job, because the rows do not lie together
-    else:
-        sink.add_(torch.bmm(left, right))
-    return None
-
-
-class _Linear(torch.autograd.Function):
-    """y = x w^T for every job: x [P, T, in], w [P, out, in]; or y = x w with w [P, in, out]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: Tensor | None, is_transposed: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.is_transposed = sink, is_transposed
-        matrix = weight.to(x.dtype)
-        return torch.bmm(x, matrix if is_transposed else matrix.transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        gradient = gradients[0]
-        x, weight = ctx.saved_tensors
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            matrix = weight.to(gradient.dtype)
-            x_gradient = torch.bmm(gradient, matrix.transpose(1, 2) if ctx.is_transposed else matrix)
-        left, right = (x, gradient) if ctx.is_transposed else (gradient, x)
-        return x_gradient, _add_product(ctx.sink, left.transpose(1, 2), right, weight), None, None
-
-
-class _LowRank(torch.autograd.Function):
-    """y = base + scaling * x a^T b^T for every job: base [P, T, out], x [P, T, in], a [P, r, in], b [P, out, r]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, sinks: tuple[Tensor | None, ...]
-    ) -> Tensor:
-        inner = torch.bmm(x, a.to(x.dtype).transpose(1, 2))
-        ctx.save_for_backward(x, a, b, inner)
-        ctx.scaling, ctx.sinks = scaling, sinks
-        return torch.baddbmm(base, inner, b.to(x.dtype).transpose(1, 2), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, inner = ctx.saved_tensors
-        gradient = gradients[0]
-        scaled = inner * ctx.scaling
-        b_gradient = _add_product(ctx.sinks[1], gradient.transpose(1, 2), scaled, b)
-        inner_gradient = torch.bmm(gradient, b.to(gradient.dtype)).mul_(ctx.scaling)
-        a_gradient = _add_product(ctx.sinks[0], inner_gradient.transpose(1, 2), x, a)
-        x_gradient = torch.bmm(inner_gradient, a.to(gradient.dtype)) if ctx.needs_input_grad[1] else None
-        return gradient if ctx.needs_input_grad[0] else None, x_gradient, a_gradient, b_gradient, None, None
-
-
-class _Embedding(torch.autograd.Function):
-    """Rows of each job's table: weight [P, V, d], ids int64[P, T]; the entry `padding_idx` gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-        lanes = torch.arange(len(weight), device=ids.device)[:, None]
-        ctx.save_for_backward(ids)
-        ctx.table, ctx.padding_idx = weight.shape, padding_idx
-        return weight[lanes, ids]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
-        lanes, entries, width = ctx.table
-        flat = (ids + entries * torch.arange(lanes, device=ids.device)[:, None]).reshape(-1)
-        table: Tensor = torch.ops.aten.embedding_dense_backward(
-            gradients[0].reshape(-1, width), flat, lanes * entries, -1, False
-        )
-        table = table.view(lanes, entries, width)
-        if ctx.padding_idx is not None:
-            table[:, ctx.padding_idx] = 0.0
-        return table, None, None
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = w * x / rms(x) for every job: x float32[P, T, d], w [P, d]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        y: Tensor = x * inverse
-        return y.mul_(weight.unsqueeze(1))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        gradient = gradients[0]
-        product = gradient * x
-        weight_gradient = torch.bmm(inverse.transpose(1, 2), product).squeeze(1)
-        # d y_j / d x_i = inverse * w_j * (delta_ij - x_i x_j inverse^2 / d)
-        along = torch.bmm(product, weight.unsqueeze(2)).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        x_gradient = (gradient * weight.unsqueeze(1)).mul_(inverse).addcmul_(x, along)
-        return x_gradient, weight_gradient, None
-
-
-class _Collected(torch.autograd.Function):
-    """A weight as it is, whose gradient is added to its job's row."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, sink: Tensor) -> Tensor:
-        ctx.sink = sink
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        ctx.sink.add_(gradients[0])
-        return None, None
+from llmrl_envs.jobs.population.functions import (
+    Collected,
+    EmbeddingLookup,
+    LinearProduct,
+    LowRankProduct,
+    RMSNormalisation,
+    rms_normalised,
+)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -150,13 +39,18 @@ class StackedLayer(nn.Module):
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()
         self.names = names
+        self._alone: dict[str, Tensor] = {}
         for attribute in names:
             self.register_parameter(attribute, None)
 
     def bind(self, parameters: dict[str, Parameter]) -> None:
         """Takes the parameters of the jobs that the next pass is about, by trained name."""
-        for attribute, name in self.names.items():
-            self._parameters[attribute] = parameters[name]
+        own = {attribute: parameters[name] for attribute, name in self.names.items()}
+        self._parameters.update(own)
+        # What a single job computes with, without its leading dimension; empty for several, and in training.
+        self._alone.clear()
+        if all(parameter.shape[0] == 1 and not parameter.requires_grad for parameter in own.values()):
+            self._alone.update({attribute: parameter[0] for attribute, parameter in own.items()})
 
     def _lanes(self) -> int:
         for parameter in self._parameters.values():
@@ -180,7 +74,7 @@ class StackedLayer(nn.Module):
         assert parameter is not None
         if sink is None:
             return parameter
-        collected: Tensor = _Collected.apply(parameter, sink)  # type: ignore[no-untyped-call]
+        collected: Tensor = Collected.apply(parameter, sink)  # type: ignore[no-untyped-call]
         return collected
 
 
@@ -198,9 +92,12 @@ class StackedLinear(StackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for x [P x B, ..., in]."""
+        if self._alone:
+            weight, bias = self._alone["weight"], self._alone.get("bias")
+            return functional.linear(x, weight.t() if self._is_transposed else weight, bias)
         dtype = _compute_dtype(x)
         folded = x.reshape(self._lanes(), -1, x.shape[-1]).to(dtype)
-        y: Tensor = _Linear.apply(folded, self._parameters["weight"], self._sink("weight"), self._is_transposed)  # type: ignore[no-untyped-call]
+        y: Tensor = LinearProduct.apply(folded, self._parameters["weight"], self._sink("weight"), self._is_transposed)  # type: ignore[no-untyped-call]
         if "bias" in self.names:
             y = y + self._collected("bias").unsqueeze(1).to(dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -225,10 +122,14 @@ class StackedLowRank(StackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for x [P x B, ..., in]."""
         lanes, base = self._lanes(), self.base(x)
+        if self._alone:
+            inner = functional.linear(functional.linear(self.dropout(x), self._alone["a"]), self._alone["b"])
+            alone: Tensor = base + self.scaling * inner
+            return alone
         folded = self.dropout(x).reshape(lanes, -1, x.shape[-1]).to(_compute_dtype(x))
         a, b = self._parameters["a"], self._parameters["b"]
         sinks = (self._sink("a"), self._sink("b"))
-        y: Tensor = _LowRank.apply(base.view(lanes, -1, base.shape[-1]), folded, a, b, self.scaling, sinks)  # type: ignore[no-untyped-call]
+        y: Tensor = LowRankProduct.apply(base.view(lanes, -1, base.shape[-1]), folded, a, b, self.scaling, sinks)  # type: ignore[no-untyped-call]
         return y.view(base.shape)
 
 
@@ -251,6 +152,8 @@ class StackedEmbedding(StackedLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The embeddings of ids int64[P x B, L] or [1, L]: [P x B, L, d]."""
+        if self._alone:
+            return functional.embedding(ids, self._alone["weight"])
         lanes, rows, weight = self._lanes(), self._rows[0], self._collected("weight")
         width = weight.shape[-1]
         if ids.shape[0] == 1 and rows != 1:
@@ -260,7 +163,7 @@ class StackedEmbedding(StackedLayer):
         return self._look_up(weight, ids.reshape(lanes, -1)).view(*ids.shape, width)
 
     def _look_up(self, weight: Tensor, ids: Tensor) -> Tensor:
-        found: Tensor = _Embedding.apply(weight, ids, self.padding_idx)  # type: ignore[no-untyped-call]
+        found: Tensor = EmbeddingLookup.apply(weight, ids, self.padding_idx)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -273,6 +176,8 @@ class StackedLayerNorm(StackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised x [P x B, ..., d]."""
+        if self._alone:
+            return functional.layer_norm(x, x.shape[-1:], self._alone["weight"], self._alone.get("bias"), self.eps)
         y = functional.layer_norm(x, x.shape[-1:], None, None, self.eps)
         folded = y.reshape(self._lanes(), -1, x.shape[-1])
         weight = self._collected("weight").unsqueeze(1)
@@ -290,8 +195,10 @@ class StackedRMSNorm(StackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised x [P x B, ..., d]; computed in float32 and scaled in it, as the weight is."""
+        if self._alone:
+            return rms_normalised(x.float(), self._alone["weight"], self.eps)[0]
         folded = x.reshape(self._lanes(), -1, x.shape[-1]).float()
-        y: Tensor = _RMSNorm.apply(folded, self._collected("weight"), self.eps)  # type: ignore[no-untyped-call]
+        y: Tensor = RMSNormalisation.apply(folded, self._parameters["weight"], self.eps, self._sink("weight"))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
 

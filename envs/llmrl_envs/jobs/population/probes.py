@@ -12,8 +12,8 @@ from llmrl_envs.jobs.population.conversion import AdapterPair
 from llmrl_envs.jobs.population.optimizer import PopulationAdamW
 
 _EPSILON = 1e-30
-_MOST_ENTRIES = 2**26
-"""Entries of a temporary: more rows than fit are measured in turns."""
+_MOST_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
+"""Entries of a temporary: more rows than fit are measured in turns. On a CPU a temporary stays in a core's cache."""
 
 
 class UpdateProbe:
@@ -44,7 +44,7 @@ class UpdateProbe:
         products = []
         for columns in self._parts():
             g, m = gradients[start:stop, columns], self._optimizer.exp_avg[start:stop, columns]
-            products.append(torch.stack([torch.linalg.vecdot(*pair) for pair in ((g, m), (g, g), (m, m))]))
+            products.append(torch.stack([_dots(*pair) for pair in ((g, m), (g, g), (m, m))]))
         parts = torch.stack(products, dim=-1)  # [3, M, 2]
         dot, gradient, momentum = torch.where(counted, parts, 0.0).sum(dim=-1)
         cosine = dot / ((gradient * momentum).sqrt() + _EPSILON)
@@ -59,7 +59,8 @@ class UpdateProbe:
             stop: End.
             frozen: bool[M], rows whose lower half does not count.
         """
-        size = max(1, _MOST_ENTRIES // max(self._layout.num_columns, 1))
+        most = _MOST_ENTRIES.get(weights.device.type, _MOST_ENTRIES["cuda"])
+        size = max(1, most // max(self._layout.num_columns, 1))
         found = [
             self._norms(weights, first, min(first + size, stop), frozen[first - start : first - start + size])
             for first in range(start, stop, size)
@@ -79,7 +80,7 @@ class UpdateProbe:
             correction = (correction1[:, part : part + 1].float(), correction2[:, part : part + 1])
             denominator = square.sqrt().mul_(correction[1].rsqrt().float()).add_(settings[:, 2:3].float())
             torch.div(mean, denominator.mul_(correction[0]), out=update[:, columns])
-            mean_squares.append(torch.linalg.vecdot(mean, mean) / correction1[:, part] ** 2)
+            mean_squares.append(_dots(mean, mean) / correction1[:, part] ** 2)
             variances.append(square.sum(dim=1) / correction2[:, part])
         counted = torch.stack([~frozen, torch.ones_like(frozen)], dim=1)
         updates, sizes = self._squares(weights[rows], update)
@@ -97,7 +98,7 @@ class UpdateProbe:
         """Squared norms of update and weights, float[M, 2] each: of the lower half and of the rest."""
         if not self._pairs:
             parts = [(update[:, columns], weights[:, columns]) for columns in self._parts()]
-            squares = [torch.stack([torch.linalg.vecdot(x, x) for x in part]) for part in parts]
+            squares = [torch.stack([_dots(x, x) for x in part]) for part in parts]
             stacked = torch.stack(squares, dim=-1)
             return stacked[0], stacked[1]
         totals = torch.zeros(2, len(weights), 2, device=weights.device)
@@ -122,6 +123,14 @@ class UpdateProbe:
 
     def _parts(self) -> tuple[slice, slice]:
         return slice(0, self._layout.lower_stop), slice(self._layout.lower_stop, self._layout.num_columns)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:  # [M, N] each -> [M]
+    """Products of rows; on a CPU one by one, because `vecdot` writes all products to memory before it adds them up."""
+    if x.device.type != "cpu":
+        products: Tensor = torch.linalg.vecdot(x, y)
+        return products
+    return torch.stack([torch.dot(*pair) for pair in zip(x.unbind(), y.unbind(), strict=True)])
 
 
 def initial_norms(

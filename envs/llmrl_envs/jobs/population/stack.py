@@ -52,6 +52,7 @@ class WeightStack:
         self.initial = self.layout.flatten({name: job.initial[name] for name in trained})
         self.weights = self.gradients = torch.zeros(0, self.layout.num_columns, device=job.device)
         self._bound: tuple[int, int, int, bool] | None = None
+        self._single_rows: dict[int, dict[str, Parameter]] = {}
         self._check()
 
     @property
@@ -63,7 +64,7 @@ class WeightStack:
         """Makes room for at least so many rows, keeping those there are."""
         if capacity > self.capacity:
             self.weights, self.gradients = grown(self.weights, capacity), grown(self.gradients, capacity)
-            self._bound = None
+            self._forget_views()
 
     def bind(self, start: int, stop: int, num_sequences: int, weights: Tensor | None = None) -> None:
         """Makes the model compute with the rows start .. stop.
@@ -80,16 +81,30 @@ class WeightStack:
         key = (start, stop, source.data_ptr(), weights is None)
         if key == self._bound:
             return
-        rows, gradients = source[start:stop], self.gradients[start:stop]
-        leaves = {}
-        for name in self.layout.columns:
-            leaf = Parameter(self.layout.view(rows, name), requires_grad=weights is None)
-            if weights is None:
-                leaf.grad = self.layout.view(gradients, name)
-            leaves[name] = leaf
+        leaves = self._leaves(start, stop, source, has_gradients=weights is None)
         for layer in self._layers:
             layer.bind(leaves)
         self._bound = key
+
+    def _leaves(self, start: int, stop: int, source: Tensor, *, has_gradients: bool) -> dict[str, Parameter]:
+        """The parameters of rows, as views; those of one job without gradients, which evaluations need, are kept."""
+        is_kept = stop == start + 1 and source is self.weights and not has_gradients
+        if is_kept and start in self._single_rows:
+            return self._single_rows[start]
+        rows, gradients = source[start:stop], self.gradients[start:stop]
+        leaves = {}
+        for name in self.layout.columns:
+            leaf = Parameter(self.layout.view(rows, name), requires_grad=has_gradients)
+            if has_gradients:
+                leaf.grad = self.layout.view(gradients, name)
+            leaves[name] = leaf
+        if is_kept:
+            self._single_rows[start] = leaves
+        return leaves
+
+    def _forget_views(self) -> None:
+        self._bound = None
+        self._single_rows = {}
 
     def parameters(self, row: int) -> dict[str, Tensor]:
         """The trained parameters of a row by name, as views; those that nothing reaches as loaded."""
@@ -108,18 +123,20 @@ class WeightStack:
         try:
             self.bind(0, 2, 2, self.weights)
             found = self.model.eval()(input_ids=ids).logits
-            # One row: an output that only the last row gets right would otherwise pass.
+            # One row, as in training and as in evaluation: an output that only the last row gets right would pass.
+            self.bind(1, 2, 1)
+            single = self.model(input_ids=ids[1:]).logits
             self.bind(1, 2, 1, self.weights)
             alone = self.model(input_ids=ids[1:]).logits
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise self._refusal(f"{type(error).__name__}: {error}") from error
         expected = [_plain_logits(self._job, self.parameters(row), ids[row : row + 1]) for row in range(2)]
-        for got, wanted in ((found, torch.cat(expected)), (alone, expected[1])):
+        for got, wanted in ((found, torch.cat(expected)), (single, expected[1]), (alone, expected[1])):
             distance = float((got.float() - wanted.float()).abs().max() / (wanted.float().abs().max() + 1e-6))
             if not distance <= _PROBE_TOLERANCE:
                 raise self._refusal(f"outputs that differ by a relative {distance:.2g}")
         self.weights = self.gradients = self.weights[:0].clone()
-        self._bound = None
+        self._forget_views()
 
     def _refusal(self, got: str) -> UserError:
         return UserError(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from llmrl_envs.errors import UserError
+from llmrl_envs.jobs.population import evaluation
 from llmrl_envs.jobs.population.members import IntervalPlan
 from llmrl_envs.jobs.population.session import PopulationSession
 from llmrl_envs.jobs.session import FineTuningSession
@@ -54,6 +55,13 @@ def noise_only(name):
     return "k_proj.bias" in name or "c_attn.bias" in name or "key.bias" in name
 
 
+def evaluate(population, members, full_core):
+    """Job by job where one has so many tokens, as plain layers; otherwise all in one pass, as stacked ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "FULL_CORE_TOKENS", full_core)
+        return population.evaluate(members, "validation")
+
+
 def check(job, *, level_norm="effective", seeds=(3, 8)):
     """Two intervals, the second one frozen in one job, against jobs one by one."""
     population = PopulationSession(job, level_norm=level_norm)
@@ -65,7 +73,7 @@ def check(job, *, level_norm="effective", seeds=(3, 8)):
     again = population.run_interval(
         [IntervalPlan(member, RATES, 1.0, frozen=index == 0) for index, member in enumerate(members)]
     )
-    evaluations = population.evaluate(members, "validation")
+    ways = [evaluate(population, members, full_core) for full_core in (1, 2**60)]
     for index, seed in enumerate(seeds):
         session = FineTuningSession(job, seed=seed, level_norm=level_norm)
         capable = bool(population.stack.lower_half)
@@ -82,9 +90,10 @@ def check(job, *, level_norm="effective", seeds=(3, 8)):
                 distance = (mine[name] - parameter).detach().norm() / (parameter.detach().norm() + 1e-12)
                 assert distance < 1e-4, name
         reference = session.evaluate("validation")
-        assert evaluations[index].loss == pytest.approx(reference.loss, rel=1e-5)
-        assert evaluations[index].num_targets == reference.num_targets
-        assert evaluations[index].accuracy == reference.accuracy
+        for evaluations in ways:
+            assert evaluations[index].loss == pytest.approx(reference.loss, rel=1e-5)
+            assert evaluations[index].num_targets == reference.num_targets
+            assert evaluations[index].accuracy == reference.accuracy
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from llmrl_envs.errors import UserError
-from llmrl_envs.jobs.population import session as module
+from llmrl_envs.jobs.population import evaluation
+from llmrl_envs.jobs.population import training as module
 from llmrl_envs.jobs.population.batches import collate_rows, place_rows
 from llmrl_envs.jobs.population.losses import LaneLosses
 from llmrl_envs.jobs.population.members import IntervalPlan
@@ -83,8 +84,8 @@ def test_a_skipped_step_changes_no_weight_and_counts_as_none(make_job, monkeypat
     results = population.run_interval([plan(member) for member in members])
     assert torch.equal(flat(population, members[0]), before[0])
     assert not torch.equal(flat(population, members[1]), before[1])
-    assert population.optimizer.steps[members[0].row].tolist() == [0.0, 0.0]
-    assert population.optimizer.steps[members[1].row].tolist() == [2.0, 2.0]
+    assert population.rows.optimizer.steps[members[0].row].tolist() == [0.0, 0.0]
+    assert population.rows.optimizer.steps[members[1].row].tolist() == [2.0, 2.0]
     assert math.isnan(results[0].update_norm)
     assert population.stack.gradients.abs().max() == 0.0
 
@@ -97,14 +98,35 @@ def test_a_rollback_takes_weights_and_moments_of_that_job_back(make_job):
         population.roll_back([first])
     population.run_interval([plan(first, 1), plan(second, 3)])  # the longer one goes first: rows change places
     population.mark_best([first])
-    kept, moments = flat(population, first), population.optimizer.exp_avg[first.row].clone()
+    kept, moments = flat(population, first), population.rows.optimizer.exp_avg[first.row].clone()
     population.run_interval([plan(first, 3), plan(second, 1)])
     moved = flat(population, second)
     population.roll_back([first])
     assert torch.equal(flat(population, first), kept)
-    assert torch.equal(population.optimizer.exp_avg[first.row], moments)
+    assert torch.equal(population.rows.optimizer.exp_avg[first.row], moments)
     assert torch.equal(flat(population, second), moved)
     assert first.step == 4
+
+
+@pytest.mark.parametrize("full_core", [1, 2**60])
+def test_evaluation_shows_each_job_the_weights_that_it_asks_for(make_job, monkeypatch, full_core):
+    """Also after rows have changed places and made room, when earlier views of them are of no use any more."""
+    monkeypatch.setattr(evaluation, "FULL_CORE_TOKENS", full_core)
+    job = make_job("llama")
+    population = PopulationSession(job, averaged=True)
+    members = [population.add(job, seed, average_steps=2.0) for seed in (0, 1)]
+    population.run_interval([plan(member, 3, rate=1e-2) for member in members])
+    deployed = [e.loss for e in population.evaluate(members, "validation")]
+    averaged = [e.loss for e in population.evaluate(members, "validation", [True, True])]
+    assert min(abs(a - d) for a, d in zip(averaged, deployed, strict=True)) > 1e-4
+    mixed = [e.loss for e in population.evaluate(members, "validation", [False, True])]
+    assert mixed == pytest.approx([deployed[0], averaged[1]], rel=1e-5)
+    third = population.add(job, 2)
+    population.run_interval([plan(third, 5)])
+    assert third.row == 0
+    assert [e.loss for e in population.evaluate(members, "validation")] == pytest.approx(deployed, rel=1e-5)
+    population.remove(members[0])
+    assert population.evaluate([members[1]], "validation")[0].loss == pytest.approx(deployed[1], rel=1e-5)
 
 
 def test_dropout_repeats_itself_and_leaves_the_global_generator_alone(make_job):
@@ -171,9 +193,9 @@ def test_float16_scales_losses_and_skips_only_the_job_that_overflows(make_job):
     job = make_job("llama", precision="fp16")
     population = PopulationSession(job)
     members = [population.add(job, seed) for seed in (0, 1)]
-    population._scales.state[members[0].row, 0] = 1e30
+    population.rows.scales.state[members[0].row, 0] = 1e30
     results = population.run_interval([plan(member, 1) for member in members])
     assert not np.isfinite(results[0].gradient_norm[0])
     assert np.isfinite(results[1].gradient_norm[0])
-    assert population._scales.state[:2, 0].tolist() == [pytest.approx(5e29), 65536.0]
-    assert population._scales.state[:2, 1].tolist() == [0.0, 1.0]
+    assert population.rows.scales.state[:2, 0].tolist() == [pytest.approx(5e29), 65536.0]
+    assert population.rows.scales.state[:2, 1].tolist() == [0.0, 1.0]
