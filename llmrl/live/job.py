@@ -28,7 +28,7 @@ from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_rec
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
 from llmrl.live.generators import Generators
 from llmrl.live.optimizers import RateSetter, check_optimizer, innermost, skip_unless
-from llmrl.live.parameters import find_parameters, reshard
+from llmrl.live.parameters import SteeredParameters, find_parameters, reshard
 from llmrl.live.processes import Processes
 from llmrl.live.snapshots import Snapshot
 from llmrl.policy import SchedulePolicy
@@ -92,7 +92,7 @@ class LiveJob:
         self._accelerator = accelerator
         self._options = options
         self._on_record = on_record
-        source = check_optimizer(self._optimizer)
+        self._source = check_optimizer(self._optimizer)
         self._rates = RateSetter(self._optimizer, options.base_rates)
         device = next(model.parameters()).device
         self._processes = Processes(device)
@@ -109,28 +109,8 @@ class LiveJob:
             max_grad_norm=options.max_grad_norm,
             keeps_snapshots=self._keeps_snapshots,
         )
-        self.loop = DecisionLoop(
-            policy,
-            total_steps=options.total_steps,
-            given_rate=self._rates.given_rate,
-            settings=options.settings,
-            capabilities=self.capabilities.choices,
-            agree=self._processes.agree,
-            guarded=options.guarded,
-            first_step=options.first_step,
-        )
-        sharded = distribution in (Distribution.FSDP2, Distribution.DEEPSPEED)
-        self._recorder = StatisticsRecorder(
-            self._optimizer,
-            device=device,
-            mode=found.mode,
-            trainable_fraction=found.trainable_fraction,
-            capacity_steps=max(self.loop.intervals),
-            pairs=found.pairs,
-            multipliers=self._rates.multipliers,
-            source=source,
-            sum_shards=self._processes.sum if sharded else None,
-        )
+        self.loop = self._make_loop(policy)
+        self._recorder = self._make_recorder(found)
         path = options.snapshot_path
         self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))
         self._generators = Generators(device)
@@ -142,6 +122,33 @@ class LiveJob:
         if self._processes.rank == 0:
             level = logging.INFO if policy.network is None else logging.WARNING
             _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
+
+    def _make_loop(self, policy: SchedulePolicy) -> DecisionLoop:
+        options = self._options
+        return DecisionLoop(
+            policy,
+            total_steps=options.total_steps,
+            given_rate=self._rates.given_rate,
+            settings=options.settings,
+            capabilities=self.capabilities.choices,
+            agree=self._processes.agree,
+            guarded=options.guarded,
+            first_step=options.first_step,
+        )
+
+    def _make_recorder(self, found: SteeredParameters) -> StatisticsRecorder:
+        sharded = self.capabilities.distribution in (Distribution.FSDP2, Distribution.DEEPSPEED)
+        return StatisticsRecorder(
+            self._optimizer,
+            device=self._processes.device,
+            mode=found.mode,
+            trainable_fraction=found.trainable_fraction,
+            capacity_steps=max(self.loop.intervals),
+            pairs=found.pairs,
+            multipliers=self._rates.multipliers,
+            source=self._source,
+            sum_shards=self._processes.sum if sharded else None,
+        )
 
     def _begin(self, mode: int, trainable_fraction: float) -> None:
         statistics = empty_statistics(
