@@ -27,7 +27,14 @@ from torch.nn import Parameter
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
 from llmrl.live.generators import Generators
-from llmrl.live.optimizers import RateSetter, check_optimizer, innermost, skip_unless
+from llmrl.live.optimizers import (
+    RateSetter,
+    check_measurable,
+    check_optimizer,
+    innermost,
+    skip_unless,
+    take_steps_again,
+)
 from llmrl.live.parameters import SteeredParameters, find_parameters, reshard
 from llmrl.live.processes import Processes
 from llmrl.live.snapshots import Snapshot
@@ -97,6 +104,7 @@ class LiveJob:
         device = next(model.parameters()).device
         self._processes = Processes(device)
         distribution = find_distribution(model, accelerator, self._processes.world_size)
+        check_measurable(self._source, steps_inside_backward=distribution is Distribution.DEEPSPEED)
         reshard(model)
         found = find_parameters(model, self._optimizer, distribution)
         self._parameters = found.by_name
@@ -237,6 +245,7 @@ class LiveJob:
         if self.finished:
             return
         self.measure_update()
+        take_steps_again(self._optimizer)
         self.step += 1
         self._done += 1
         if self._done == self.loop.interval:

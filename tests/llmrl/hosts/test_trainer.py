@@ -1,7 +1,9 @@
 """A policy in a Trainer: what it sees, the rates that train and are logged, what a Trainer may be asked for."""
 
 import numpy as np
+import prodigyopt
 import pytest
+import schedulefree
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning import FineTuningEnv
@@ -97,8 +99,8 @@ def test_the_given_rate_does_not_matter(make_trainer):
         {"bf16": True, "max_steps": 10},
         {"max_grad_norm": 0.0, "max_steps": 10},
         {"optim": "adafactor", "optim_args": "scale_parameter=False", "max_steps": 10},
-        {"num_train_epochs": 1, "max_steps": -1},
-        {"torch_compile": False, "average_tokens_across_devices": False, "max_steps": 10},
+        {"num_train_epochs": 0.5, "max_steps": -1},
+        {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 10},
     ],
     ids=str,
 )
@@ -211,24 +213,13 @@ def test_a_callback_that_comes_late_says_how_to_come_in_time(make_trainer):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-class FakeProdigy(torch.optim.AdamW):
-    pass
-
-
-FakeProdigy.__name__ = "Prodigy"
-
-
-class AdamWScheduleFree(torch.optim.AdamW):
-    pass
-
-
 @pytest.mark.parametrize(
     ("make", "told"),
     [
         (lambda p: __import__("transformers").Adafactor(p, lr=None, relative_step=True), "relative steps"),
         (lambda p: __import__("transformers").Adafactor(p, lr=1e-3, relative_step=False), "scale_parameter"),
-        (lambda p: FakeProdigy(p), "Prodigy"),
-        (lambda p: AdamWScheduleFree(p), "ScheduleFree"),
+        (prodigyopt.Prodigy, "Prodigy"),
+        (schedulefree.AdamWScheduleFree, "ScheduleFree"),
         (lambda p: torch.optim.SGD(p, lr=0.1), "SGD"),
         (lambda p: torch.optim.AdamW(p, lr=0.0), "positive learning rate"),
     ],
