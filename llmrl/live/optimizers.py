@@ -15,7 +15,7 @@ _OWN_RATES = ("prodigy", "dadapt", "schedulefree", "schedule_free")
 _SIGN_LIKE = ("lion", "adafactor")
 """Optimizers without Adam's moments whose update at rate one is at most one in every coordinate."""
 _ADAM = ("adam", "adamw", "fusedadam", "deepspeedcpuadam")
-"""Classes whose update is that of Adam, to be read from its moments; relatives of it are measured by what they change."""
+"""Classes whose update is Adam's, read from its moments; its relatives are measured by what they change."""
 _QUANTISED = ("bitsandbytes", "torchao")
 
 

@@ -1,4 +1,4 @@
-"""A policy in a Trainer when things are not as in the examples: losses that break, data without length, interruptions."""
+"""A policy in a Trainer when things are not as in the examples: losses that break, streams, interruptions."""
 
 from types import SimpleNamespace
 
