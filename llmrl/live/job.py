@@ -125,6 +125,7 @@ class LiveJob:
         self.step = options.first_step
         self._done = 0
         self._active: list[Parameter] = []
+        self._known_rate = (-1, -1, 0.0)
         self._decision: Decision
         self._begin(int(found.mode), found.trainable_fraction)
         if self._processes.rank == 0:
@@ -283,7 +284,12 @@ class LiveJob:
         self._decision = self.loop.decide()
 
     def _rate(self) -> float:
-        return 0.0 if self.finished else self.loop.learning_rate(self.step)
+        """The next step's common rate: asked for five times a step, it changes with step and decision alone."""
+        step, index, rate = self._known_rate
+        if (step, index) != (self.step, self._decision.index):
+            rate = 0.0 if self.finished else self.loop.learning_rate(self.step)
+            self._known_rate = (self.step, self._decision.index, rate)
+        return rate
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         device = self._processes.device
@@ -344,6 +350,7 @@ class LiveJob:
         decision = state["decision"]
         arrays = _to_arrays(decision["arrays"])
         self._decision = Decision(**{k: v for k, v in decision.items() if k != "arrays"}, **arrays)
+        self._known_rate = (-1, -1, 0.0)
         if "snapshot" in state and self._keeps_snapshots:
             self._snapshot.put({name: t.to(self._processes.device) for name, t in state["snapshot"].items()})
         self.loop.schedule.has_snapshot[:] = self._snapshot.taken
