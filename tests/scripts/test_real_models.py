@@ -124,6 +124,7 @@ def test_a_job_is_rescued_from_a_wrong_rate(make, right, factor, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # which remembers the directory of the test before
     linear = test_loss(make, factor * right, tmp_path, [], [])
     steered = test_loss(make, factor * right, tmp_path, [ScheduleCallback("hold")], ["wandb"])
     print(f"{make.__name__} from {factor * right:.0e}: linear {linear:.3f}, hold {steered:.3f}")

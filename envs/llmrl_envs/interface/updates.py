@@ -46,7 +46,7 @@ class UpdateMeasure(Protocol):
         """Sum of squares of this process's part of `update`, a scalar."""
 
     def moment_sums(self) -> Tensor:
-        """Sums over what the other two have been asked for: squared means, variances; NaN where not known. Shape [2]."""
+        """Sums over what the others were asked for, [2]: squared means, variances; NaN where not known."""
 
 
 class _Moments(NamedTuple):

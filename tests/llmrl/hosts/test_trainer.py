@@ -37,7 +37,11 @@ def weights(trainer):
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"mode": "lora"}], ids=str)
 def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, changes, scripted, task_settings):
-    """The same job, seed and actions: equal observations and equal learning rates."""
+    """The same job, seed and actions: equal observations and equal learning rates.
+
+    Both sum a batch's losses in another order, so that losses differ in their last bit; features that divide by a small
+    difference of losses make more of that.
+    """
     task = FineTuningTask.model_validate({**task_settings, **changes})
     env = FineTuningEnv({"tasks": [task]})
     seen = [env.reset(options={"job": SampledTask(task, 0, 1e-5, 3)})[0]]
@@ -60,7 +64,7 @@ def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, cha
     records = callback.controller.records
     np.testing.assert_allclose([record.learning_rate for record in records], rates, rtol=1e-6)
     for index in range(len(ACTIONS)):
-        np.testing.assert_allclose(policy.seen[index], seen[index], rtol=1e-6, atol=1e-6, err_msg=str(index))
+        np.testing.assert_allclose(policy.seen[index], seen[index], rtol=1e-6, atol=1e-5, err_msg=str(index))
     assert [record.decision.action_name for record in records] == list(ACTIONS)
 
 
