@@ -4,9 +4,11 @@
     python scripts/bench_hosts.py --models path/of/a/causal/model --output hosts.json
 
 Time: two Trainers, each in its thread, take blocks of ten optimizer steps in turn; with 400 steps in the budget a block
-holds one decision. A steered block is divided by the mean of the plain ones before and after it, in wall time and in
-the thread's CPU time, which neighbours disturb less. `own` is the CPU time inside the callback's hooks over that of the
-rest, block by block: it needs no pair, and leaves out what the hooks do to others (caches).
+holds one decision. A steered block is divided by the mean of two plain ones beside it, in wall time and in the thread's
+CPU time, which neighbours disturb less. The same Trainer made twice differs by per cents for as long as it lives, by
+where its tensors lie; so both are made anew in every round, the other one first, and intervals are over rounds. `own`
+is the CPU time of a block over what it would be without the callback's hooks: it needs no pair, and leaves out what the
+hooks do to others (caches).
 
 Memory: each variant alone in a fresh process, its peak; no snapshots are kept (the policy holds). Models are built from
 random configurations of 3 and 22 million parameters unless a path is given; batches are 8 x 128 random tokens.
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from benchmarking import compare_peak_memory, describe_machine, describe_versions, median_ratio, write_report
+from benchmarking import compare_peak_memory, describe_machine, describe_versions, write_report
 from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
@@ -41,7 +43,7 @@ from transformers import (
 
 from llmrl import ScheduleCallback
 
-BLOCK_STEPS, BUDGET_STEPS, UNTIMED_BLOCKS = 10, 400, 1
+BLOCK_STEPS, BUDGET_STEPS, UNTIMED_BLOCKS, RESAMPLES = 10, 400, 2, 2000
 MODELS = {
     "3M": LlamaConfig(
         vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
@@ -145,47 +147,63 @@ def make_trainer(name: str, *, callbacks: list[TrainerCallback], folder: str) ->
     )
 
 
-def measure_time(name: str, num_pairs: int) -> list[dict[str, Any]]:
+def measure_time(name: str, num_pairs: int, num_rounds: int) -> list[dict[str, Any]]:
     """Blocks of both variants in turn; rows of wall time, CPU time and the callback's own CPU time."""
+    rounds = [measure_round(name, num_pairs, steered_first=bool(index % 2)) for index in range(num_rounds)]
+    common = {"pairs": num_pairs, "rounds": num_rounds}
+    return [
+        {"name": f"wall_{name}", **common, **compare([(plain[:, 0], steered[:, 0]) for plain, steered in rounds])},
+        {"name": f"cpu_{name}", **common, **compare([(plain[:, 1], steered[:, 1]) for plain, steered in rounds])},
+        {"name": f"own_{name}", **common, **compare([(s[:, 1] - s[:, 2], s[:, 1]) for _, s in rounds])},
+    ]
+
+
+def measure_round(
+    name: str, num_pairs: int, *, steered_first: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # [N, 3] each: wall, CPU, own CPU
+    """Two Trainers, made anew, in turn; a steered block, and the mean of the plain ones on both sides of it."""
     locks = threading.Semaphore(1), threading.Semaphore(0)
-    plain, steered = (Turns(locks[i], locks[1 - i], num_pairs + UNTIMED_BLOCKS + 1 - i) for i in (0, 1))
+    # One block more of whoever begins; of the plain ones one more than of the steered ones is needed.
+    plain, steered = (Turns(locks[i], locks[1 - i], UNTIMED_BLOCKS + num_pairs + 1) for i in (0, 1))
     steered.steering = Timed("hold")
     with tempfile.TemporaryDirectory() as folder:
-        # The clock stops last, so that what the schedule does at a block's end is inside.
-        trainers = [
-            make_trainer(name, callbacks=callbacks, folder=folder)
-            for callbacks in ([plain], [steered.steering, steered])
+        variants: list[list[TrainerCallback]] = [[plain], [steered.steering, steered]]  # the clock stops last
+        made = [
+            make_trainer(name, callbacks=callbacks, folder=folder) for callbacks in variants[:: 1 - 2 * steered_first]
         ]
-        threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+        threads = [threading.Thread(target=trainer.train) for trainer in made]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    without, within = (np.array(turns.blocks[UNTIMED_BLOCKS:]) for turns in (plain, steered))  # [N + 1, 3], [N, 3]
-    beside = (without[:-1] + without[1:]) / 2
-    parameters = sum(p.numel() for p in trainers[0].model.parameters())
-    common = {"parameters": parameters, "pairs": num_pairs}
-    return [
-        {"name": f"wall_{name}", **common, **paired(within[:, 0], beside[:, 0])},
-        {"name": f"cpu_{name}", **common, **paired(within[:, 1], beside[:, 1])},
-        {"name": f"own_{name}", **common, **paired(within[:, 1], within[:, 1] - within[:, 2])},
+    without, within = (np.array(turns.blocks[UNTIMED_BLOCKS:]) for turns in (plain, steered))  # [N + 1, 3]
+    return (without[:-1] + without[1:]) / 2, within[:-1]
+
+
+def compare(rounds: list[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> dict[str, Any]:
+    """Medians, the median ratio of all pairs, and its 95 % bootstrap interval over rounds and their pairs."""
+    plain, steered = (np.concatenate(side) for side in zip(*rounds, strict=True))
+    ratios = [steered / plain for plain, steered in rounds]
+    rng = np.random.default_rng(0)
+    medians = [
+        np.median(
+            np.concatenate([rng.choice(ratios[i], len(ratios[i])) for i in rng.integers(len(ratios), size=len(ratios))])
+        )
+        for _ in range(RESAMPLES)
     ]
-
-
-def paired(steered: NDArray[np.float64], plain: NDArray[np.float64]) -> dict[str, float]:
-    """Medians, and the median ratio with its interval."""
-    ratio, low, high = median_ratio(steered, plain)
+    low, high = np.percentile(medians, [2.5, 97.5])
     return {
         "plain_seconds": float(np.median(plain)),
         "steered_seconds": float(np.median(steered)),
-        "ratio": ratio,
-        "ci_low": low,
-        "ci_high": high,
+        "ratio": float(np.median(np.concatenate(ratios))),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "round_ratios": [float(np.median(found)) for found in ratios],
     }
 
 
 class Peak(TrainerCallback):
-    """Notes the process's memory at every step, and stops after two blocks."""
+    """Notes the process's memory at every step, and stops after a block."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -198,7 +216,7 @@ class Peak(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops in time."""
-        control.should_training_stop = state.global_step >= 2 * BLOCK_STEPS
+        control.should_training_stop = state.global_step >= BLOCK_STEPS
 
 
 def peak_memory(name: str, variant: str) -> None:
@@ -213,8 +231,9 @@ def peak_memory(name: str, variant: str) -> None:
 def main() -> None:
     """Measures and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer pairs")
-    parser.add_argument("--pairs", type=int, help="pairs of blocks; 36, with --quick 10")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of blocks in a round")
+    parser.add_argument("--rounds", type=int, help="8, with --quick 2")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="3M, 22M, or paths of causal models")
     parser.add_argument("--no-memory", action="store_true", help="time alone; ratios.memory is null then")
@@ -225,8 +244,8 @@ def main() -> None:
         return
     if arguments.output is None:
         parser.error("--output is required")
-    num_pairs = arguments.pairs or (10 if arguments.quick else 36)
-    times = [row for name in arguments.models for row in measure_time(name, num_pairs)]
+    num_rounds = arguments.rounds or (2 if arguments.quick else 8)
+    times = [row for name in arguments.models for row in measure_time(name, arguments.pairs, num_rounds)]
     memory = [
         compare_peak_memory(
             f"memory_{name}", [__file__, "--models", name, "--peak-memory"], 1 if arguments.quick else 5
