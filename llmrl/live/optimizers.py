@@ -113,10 +113,6 @@ def check_measurable(source: UpdateSource, *, steps_inside_backward: bool) -> No
         )
 
 
-def _is_schedule_free(group: dict[str, Any]) -> bool:
-    return "weight_lr_power" in group or "d_coef" in group
-
-
 class RateSetter:
     """Writes a common rate into an optimizer's groups, keeping the ratio of their own rates.
 

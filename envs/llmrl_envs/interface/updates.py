@@ -183,7 +183,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """This process's part, flat; on a CPU in pieces that stay in its cache, elsewhere whole."""
     flat = local_shard(tensor).reshape(-1)
-    return flat.split(_PIECE) if flat.device.type == "cpu" and len(flat) > _PIECE else (flat,)
+    return torch.split(flat, _PIECE) if flat.device.type == "cpu" and len(flat) > _PIECE else (flat,)
 
 
 def square_sum(tensor: Tensor) -> Tensor:
