@@ -18,12 +18,14 @@ from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.models import save_model
 from llmrl_envs.jobs.parallel import ParallelContext
+from llmrl_envs.jobs.task import FineTuningTask
 
 from llmrl.config import FinetuneConfig
 from llmrl.config_loading import config_to_yaml
 from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
-from llmrl.hosts.job import JobResult, named_schedule, run_job
+from llmrl.hosts.job import named_schedule, run_job
+from llmrl.hosts.result import JobResult
 from llmrl.hosts.sharded import check_sharded_task, run_sharded_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
@@ -47,51 +49,78 @@ def finetune(
     """
     chosen, settings = choose_policy(config, policy, schedule)
     context = parallel_context()
-    if config.task.batch_size < context.world_size:
-        raise UserError(
-            "the batch is smaller than the number of processes",
-            expected=f"at least {context.world_size} examples",
-            got=config.task.batch_size,
-            where="task.batch_size",
-        )
-    if _is_sharded(context):
-        check_sharded_task(config.task, context)
+    _check_shared(config.task, context)
     is_first = context.rank == 0
     if is_first:
         create_run_directory(output)
         atomic_write_text(output / "config.yaml", config_to_yaml(config))
     job = _load_job(config, context)
-    rate = config.task.learning_rate if config.learning_rate is None else config.learning_rate
     with ending(make_tracker(config.tracking, "finetune", output, config.model_dump(mode="json"))) as tracker:
         recorder = _Recorder(output, chosen, job, tracker) if is_first else None
-        with job_progress(config.task.steps, enabled=is_first) as advance:
-            run = (
-                partial(run_sharded_job, context=context)
-                if _is_sharded(context)
-                else partial(run_job, parallel=context)
-            )
-            result = run(
-                job,
-                chosen,
-                learning_rate=rate,
-                seed=config.seed,
-                settings=settings,
-                guarded=schedule is None,
-                validate=True,
-                on_decision=_announce(recorder, advance),
-            )
-        digests = [schedule_digest(result)]
-        if isinstance(context, AcceleratorContext):
-            digests = context.gather_texts(digests[0])
-        summary = summarise(config, chosen, rate, result, digests)
-        state = context.whole_state() if config.save_model and _is_sharded(context) else None
+        result = _run(config, job, chosen, settings, context, recorder, guarded=schedule is None)
+        summary = summarise(config, chosen, _given_rate(config), result, _gather_digests(result, context))
+        _save(config, job, output, context, is_first=is_first)
         if recorder is not None:
-            if config.save_model:
-                save_model(job.loaded, output / "model", job.data.label_names, state)
             recorder.finish(summary)
     if isinstance(context, AcceleratorContext):
         context.barrier()
     return summary
+
+
+def _check_shared(task: FineTuningTask, context: ParallelContext) -> None:
+    """Refuses a job that these processes cannot share."""
+    if task.batch_size < context.world_size:
+        raise UserError(
+            "the batch is smaller than the number of processes",
+            expected=f"at least {context.world_size} examples",
+            got=task.batch_size,
+            where="task.batch_size",
+        )
+    if _is_sharded(context):
+        check_sharded_task(task, context)
+
+
+def _given_rate(config: FinetuneConfig) -> float:
+    return config.task.learning_rate if config.learning_rate is None else config.learning_rate
+
+
+def _run(
+    config: FinetuneConfig,
+    job: Job,
+    policy: SchedulePolicy,
+    settings: ScheduleSettings | None,
+    context: ParallelContext,
+    recorder: _Recorder | None,
+    *,
+    guarded: bool,
+) -> JobResult:
+    run = partial(run_sharded_job, context=context) if _is_sharded(context) else partial(run_job, parallel=context)
+    with job_progress(config.task.steps, enabled=recorder is not None) as advance:
+        return run(
+            job,
+            policy,
+            learning_rate=_given_rate(config),
+            seed=config.seed,
+            settings=settings,
+            guarded=guarded,
+            validate=True,
+            on_decision=_announce(recorder, advance),
+        )
+
+
+def _gather_digests(result: JobResult, context: ParallelContext) -> list[str]:
+    """The schedules' digests of all processes."""
+    digest = schedule_digest(result)
+    return context.gather_texts(digest) if isinstance(context, AcceleratorContext) else [digest]
+
+
+def _save(config: FinetuneConfig, job: Job, output: Path, context: ParallelContext, *, is_first: bool) -> None:
+    """Writes the model, if it is wanted; every process must call it."""
+    if not config.save_model:
+        return
+    state = context.whole_state() if _is_sharded(context) else None
+    if is_first:
+        save_model(job.loaded, output / "model", job.data.label_names, state)
 
 
 def _is_sharded(context: ParallelContext) -> TypeGuard[AcceleratorContext]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import llmrl
 from llmrl.hosts.curve import CurvePoint
-from llmrl.hosts.job import JobResult
+from llmrl.hosts.result import JobResult
 from llmrl.run_directory import atomic_write_json, to_json_value
 
 _BUILTIN = "builtin"

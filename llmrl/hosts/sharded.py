@@ -26,7 +26,7 @@ from torch import nn
 from llmrl.controller import ScheduleController
 from llmrl.decisions import DecisionRecord
 from llmrl.hosts.accelerate import AcceleratorContext
-from llmrl.hosts.job import JobResult
+from llmrl.hosts.result import JobResult
 from llmrl.live.capabilities import find_distribution
 from llmrl.policy import SchedulePolicy
 

@@ -68,6 +68,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self._loss: Tensor | None = None
         self._norm: Tensor | float | None = None
         self._max_grad_norm = 0.0
+        self._tightened: float | None = None
         self._told_to: TrainerReport
 
     @property
@@ -181,7 +182,8 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
                 expected="ScheduleLR",
                 got=type(scheduler).__name__,
             )
-        self._max_grad_norm = float(args.max_grad_norm or 0.0)
+        if args.max_grad_norm != self._tightened:  # else what an interrupted job left behind
+            self._max_grad_norm = float(args.max_grad_norm or 0.0)
         self._loss = self._norm = None
         self._told_to = TrainerReport(self._trainer, self.policy, state.max_steps)
         restored = scheduler.restored
@@ -227,7 +229,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the clipping norm back, and the whole schedule to where tables and pictures go."""
-        args.max_grad_norm = self._max_grad_norm
+        args.max_grad_norm, self._tightened = self._max_grad_norm, None
         self._told_to.finish()
 
     def _prepare_step(self, args: TrainingArguments, scheduler: ScheduleLR) -> None:
@@ -235,7 +237,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         job.set_rates()
         scheduler.show(job.rates())
         if math.isfinite(job.clipping_norm):
-            args.max_grad_norm = job.clipping_norm
+            args.max_grad_norm = self._tightened = job.clipping_norm
 
     def _report(self, record: DecisionRecord) -> None:
         self._told_to.add(record)

@@ -27,8 +27,15 @@ from torch.nn import Parameter
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
 from llmrl.live.generators import Generators
-from llmrl.live.optimizers import RateSetter, check_optimizer, innermost, skip_unless
-from llmrl.live.parameters import find_parameters, reshard
+from llmrl.live.optimizers import (
+    RateSetter,
+    check_measurable,
+    check_optimizer,
+    innermost,
+    skip_unless,
+    take_steps_again,
+)
+from llmrl.live.parameters import SteeredParameters, find_parameters, reshard
 from llmrl.live.processes import Processes
 from llmrl.live.snapshots import Snapshot
 from llmrl.policy import SchedulePolicy
@@ -92,11 +99,12 @@ class LiveJob:
         self._accelerator = accelerator
         self._options = options
         self._on_record = on_record
-        source = check_optimizer(self._optimizer)
+        self._source = check_optimizer(self._optimizer)
         self._rates = RateSetter(self._optimizer, options.base_rates)
         device = next(model.parameters()).device
         self._processes = Processes(device)
         distribution = find_distribution(model, accelerator, self._processes.world_size)
+        check_measurable(self._source, steps_inside_backward=distribution is Distribution.DEEPSPEED)
         reshard(model)
         found = find_parameters(model, self._optimizer, distribution)
         self._parameters = found.by_name
@@ -109,7 +117,24 @@ class LiveJob:
             max_grad_norm=options.max_grad_norm,
             keeps_snapshots=self._keeps_snapshots,
         )
-        self.loop = DecisionLoop(
+        self.loop = self._make_loop(policy)
+        self._recorder = self._make_recorder(found)
+        path = options.snapshot_path
+        self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))
+        self._generators = Generators(device)
+        self.step = options.first_step
+        self._done = 0
+        self._active: list[Parameter] = []
+        self._known_rate = (-1, -1, 0.0)
+        self._decision: Decision
+        self._begin(int(found.mode), found.trainable_fraction)
+        if self._processes.rank == 0:
+            level = logging.INFO if policy.network is None else logging.WARNING
+            _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
+
+    def _make_loop(self, policy: SchedulePolicy) -> DecisionLoop:
+        options = self._options
+        return DecisionLoop(
             policy,
             total_steps=options.total_steps,
             given_rate=self._rates.given_rate,
@@ -119,29 +144,20 @@ class LiveJob:
             guarded=options.guarded,
             first_step=options.first_step,
         )
-        sharded = distribution in (Distribution.FSDP2, Distribution.DEEPSPEED)
-        self._recorder = StatisticsRecorder(
+
+    def _make_recorder(self, found: SteeredParameters) -> StatisticsRecorder:
+        sharded = self.capabilities.distribution in (Distribution.FSDP2, Distribution.DEEPSPEED)
+        return StatisticsRecorder(
             self._optimizer,
-            device=device,
+            device=self._processes.device,
             mode=found.mode,
             trainable_fraction=found.trainable_fraction,
             capacity_steps=max(self.loop.intervals),
             pairs=found.pairs,
             multipliers=self._rates.multipliers,
-            source=source,
+            source=self._source,
             sum_shards=self._processes.sum if sharded else None,
         )
-        path = options.snapshot_path
-        self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))
-        self._generators = Generators(device)
-        self.step = options.first_step
-        self._done = 0
-        self._active: list[Parameter] = []
-        self._decision: Decision
-        self._begin(int(found.mode), found.trainable_fraction)
-        if self._processes.rank == 0:
-            level = logging.INFO if policy.network is None else logging.WARNING
-            _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
 
     def _begin(self, mode: int, trainable_fraction: float) -> None:
         statistics = empty_statistics(
@@ -230,6 +246,7 @@ class LiveJob:
         if self.finished:
             return
         self.measure_update()
+        take_steps_again(self._optimizer)
         self.step += 1
         self._done += 1
         if self._done == self.loop.interval:
@@ -267,7 +284,12 @@ class LiveJob:
         self._decision = self.loop.decide()
 
     def _rate(self) -> float:
-        return 0.0 if self.finished else self.loop.learning_rate(self.step)
+        """The next step's common rate: asked for five times a step, it changes with step and decision alone."""
+        step, index, rate = self._known_rate
+        if (step, index) != (self.step, self._decision.index):
+            rate = 0.0 if self.finished else self.loop.learning_rate(self.step)
+            self._known_rate = (self.step, self._decision.index, rate)
+        return rate
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         device = self._processes.device
@@ -328,6 +350,7 @@ class LiveJob:
         decision = state["decision"]
         arrays = _to_arrays(decision["arrays"])
         self._decision = Decision(**{k: v for k, v in decision.items() if k != "arrays"}, **arrays)
+        self._known_rate = (-1, -1, 0.0)
         if "snapshot" in state and self._keeps_snapshots:
             self._snapshot.put({name: t.to(self._processes.device) for name, t in state["snapshot"].items()})
         self.loop.schedule.has_snapshot[:] = self._snapshot.taken

@@ -11,9 +11,12 @@ from llmrl_envs.interface.updates import UpdateSource
 from torch import Tensor
 from torch.nn import Parameter
 
-_OWN_RATES = ("prodigy", "dadapt", "dadam", "schedulefree", "schedule_free")
+_OWN_RATES = ("prodigy", "dadapt", "schedulefree", "schedule_free")
 _SIGN_LIKE = ("lion", "adafactor")
 """Optimizers without Adam's moments whose update at rate one is at most one in every coordinate."""
+_ADAM = ("adam", "adamw", "fusedadam", "deepspeedcpuadam")
+"""Classes whose update is Adam's, read from its moments; its relatives are measured by what they change."""
+_QUANTISED = ("bitsandbytes", "torchao")
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
@@ -33,45 +36,81 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> UpdateSource:
     Raises:
         UserError: It sets its own rates, or its update cannot be measured.
     """
-    kind = type(optimizer)
-    name = kind.__name__.lower()
-    told = f"{kind.__module__}.{kind.__name__}"
-    if any(part in told.lower() for part in _OWN_RATES) or any(_is_schedule_free(g) for g in optimizer.param_groups):
+    _refuse_own_rates(optimizer)
+    _refuse_unknown_updates(optimizer)
+    name, groups = type(optimizer).__name__.lower(), optimizer.param_groups
+    largest = any(group.get("amsgrad") for group in groups)
+    is_adam = isinstance(optimizer, torch.optim.Adam) or name in _ADAM
+    return "moments" if is_adam and not largest else "difference"
+
+
+def _refuse_own_rates(optimizer: torch.optim.Optimizer) -> None:
+    told, groups = _full_name(optimizer), optimizer.param_groups
+    if any(part in told.lower() for part in _OWN_RATES) or any(_is_schedule_free(group) for group in groups):
         raise UserError(
             "the optimizer chooses its own learning rates, which a schedule would fight",
             where="the optimizer",
             expected="AdamW, Adam, Lion, or Adafactor without relative steps",
             got=told,
         )
-    if any(group.get("relative_step") for group in optimizer.param_groups):
+    if any(group.get("relative_step") for group in groups):
         raise UserError(
             "Adafactor with relative steps chooses its own learning rates, which a schedule would fight",
             where="the optimizer",
             expected="Adafactor(..., relative_step=False, scale_parameter=False)",
             got="relative_step=True",
         )
-    if any(group.get("scale_parameter") for group in optimizer.param_groups):
+    if any(group.get("scale_parameter") for group in groups):
         raise UserError(
             "Adafactor with scaled parameters does not take the rate that it is given",
             where="the optimizer",
             expected="Adafactor(..., relative_step=False, scale_parameter=False)",
             got="scale_parameter=True",
         )
-    if any(part in name for part in _SIGN_LIKE):
-        return "difference"
-    adam_like = all("betas" in group and "eps" in group for group in optimizer.param_groups)
-    if not adam_like or kind.__module__.startswith("bitsandbytes"):
+
+
+def _refuse_unknown_updates(optimizer: torch.optim.Optimizer) -> None:
+    told, groups = _full_name(optimizer), optimizer.param_groups
+    if any("rank" in group and "update_proj_gap" in group for group in groups):
+        raise UserError(
+            "the optimizer keeps its moments in a projection of the weights, where its update cannot be measured",
+            where="the optimizer",
+            expected="AdamW, Adam, Lion, or Adafactor without relative steps",
+            got=told,
+        )
+    sign_like = any(part in type(optimizer).__name__.lower() for part in _SIGN_LIKE)
+    adam_like = all("betas" in group and "eps" in group for group in groups)
+    if not sign_like and (not adam_like or told.startswith(_QUANTISED)):
         raise UserError(
             "levels are not defined for this optimizer: the size of its update is not known before it steps",
             where="the optimizer",
             expected="AdamW, Adam, Lion, or Adafactor without relative steps, with states that are not quantised",
             got=told,
         )
-    return "moments"
+
+
+def _full_name(optimizer: torch.optim.Optimizer) -> str:
+    kind = type(optimizer)
+    return f"{kind.__module__}.{kind.__name__}"
 
 
 def _is_schedule_free(group: dict[str, Any]) -> bool:
     return "weight_lr_power" in group or "d_coef" in group
+
+
+def check_measurable(source: UpdateSource, *, steps_inside_backward: bool) -> None:
+    """Refuses an optimizer whose update is the change of the weights, where that change is over when it is asked for.
+
+    Raises:
+        UserError: It cannot be measured.
+    """
+    if source == "difference" and steps_inside_backward:
+        raise UserError(
+            "under DeepSpeed only the update of Adam and AdamW can be measured",
+            where="the optimizer",
+            expected="AdamW or Adam; or this optimizer under DDP or FSDP2",
+            got="an optimizer without their moments",
+        )
 
 
 class RateSetter:
@@ -128,3 +167,8 @@ def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer, active: Sequen
     elif not bool(finite):
         for parameter in active:
             parameter.grad = None
+
+
+def take_steps_again(optimizer: torch.optim.Optimizer) -> None:
+    """Takes back what `skip_unless` told a fused optimizer, which would go on skipping when the job is over."""
+    vars(optimizer).pop("found_inf", None)

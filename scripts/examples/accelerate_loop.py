@@ -14,7 +14,7 @@ import tempfile
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from llmrl_envs.builtin import builtin_model_path, load_corpus
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,7 +94,8 @@ def main() -> None:
     losses = [linear.test_loss()]
     accelerator.free_memory()
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own_folder:
+        (folder,) = broadcast_object_list([own_folder])  # all processes use the first one's
         first = Job(accelerator, "hold")
         first.train(STEPS // 2)
         accelerator.save_state(folder)
@@ -104,6 +105,7 @@ def main() -> None:
         accelerator.load_state(folder)
         second.step = STEPS // 2
         second.train(STEPS)
+        accelerator.wait_for_everyone()
     losses.append(second.test_loss())
     assert second.controller is not None
     rates = [record.learning_rate for record in second.controller.records]

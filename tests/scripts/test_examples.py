@@ -33,6 +33,25 @@ def test_an_example_ends_better_than_linear_decay_from_the_same_wrong_rate(name,
     assert steered < linear
 
 
+@pytest.mark.slow
+def test_the_loop_runs_on_two_processes(tmp_path):
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs/accelerate/two_cpu_processes.yaml"),
+    ]
+    found = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "scripts" / "examples" / "accelerate_loop.py")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'envs'}", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    (match,) = LOSSES.finditer(found.stdout)
+    linear, steered = map(float, match.groups())
+    assert steered < linear
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "scripts" / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 from datasets import Dataset
 from peft import LoraConfig
@@ -52,7 +53,7 @@ def instructions(learning_rate, folder, callbacks, report_to):
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(path),
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         args=SFTConfig(
             folder, max_steps=STEPS, per_device_train_batch_size=8, learning_rate=learning_rate, max_length=128,
             logging_steps=10, save_strategy="no", report_to=report_to, bf16=False, gradient_checkpointing=False,
@@ -83,7 +84,7 @@ def news(learning_rate, folder, callbacks, report_to):
         ]
 
     return Trainer(
-        model=AutoModelForSequenceClassification.from_pretrained(path, num_labels=4),
+        model=AutoModelForSequenceClassification.from_pretrained(path, num_labels=4, dtype=torch.float32),
         args=TrainingArguments(
             folder, max_steps=STEPS, per_device_train_batch_size=16, learning_rate=learning_rate, logging_steps=10,
             save_strategy="no", report_to=report_to, disable_tqdm=True, seed=0,
@@ -123,6 +124,7 @@ def test_a_job_is_rescued_from_a_wrong_rate(make, right, factor, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # which remembers the directory of the test before
     linear = test_loss(make, factor * right, tmp_path, [], [])
     steered = test_loss(make, factor * right, tmp_path, [ScheduleCallback("hold")], ["wandb"])
     print(f"{make.__name__} from {factor * right:.0e}: linear {linear:.3f}, hold {steered:.3f}")

@@ -158,7 +158,7 @@ class StatisticsRecorder:
         if not plain and not pairs:
             return None
         zero = torch.zeros((), device=self._probes.device)
-        update = torch.stack([zero, *(square_sum(measure.update(p)).float() for p in plain)]).sum()
+        update = torch.stack([zero, *(measure.square(p).float() for p in plain)]).sum()
         weight = torch.stack([zero, *(square_sum(p).float() for p in plain)]).sum()
         update, weight = self._summed(torch.stack([update, weight])).unbind()
         update = update + sum(pair_update_square(pair, measure) for pair in pairs)

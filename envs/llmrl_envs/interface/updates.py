@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.nn import Parameter
 
 UpdateSource = Literal["moments", "difference"]
 _EPSILON = 1e-30
+_PIECE = 2**17
+"""Numbers that are measured together on a CPU: half a megabyte, and the memory system hands out no new pages."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,31 @@ class UpdateMeasure(Protocol):
     def update(self, parameter: Parameter) -> Tensor:
         """The update of a parameter at learning rate one, of its shape; NaN where it is not known."""
 
+    def square(self, parameter: Parameter) -> Tensor:
+        """Sum of squares of this process's part of `update`, a scalar."""
+
     def moment_sums(self) -> Tensor:
-        """Sums over what `update` has been asked for: squared means, variances; NaN where not known. Shape [2]."""
+        """Sums over what the others were asked for, [2]: squared means, variances; NaN where not known."""
+
+
+class _Moments(NamedTuple):
+    """Adam's moments of one parameter, its update being `scale * mean / (sqrt(variance) + epsilon)`.
+
+    Attributes:
+        mean: m, not corrected for its beginning at zero.
+        variance: v, likewise.
+        epsilon: The optimizer's, in the unit of sqrt(variance).
+        scale: What bias corrections and the group's multiplier come to.
+        correction1: 1 - beta1**step.
+        correction2: 1 - beta2**step.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    epsilon: Tensor | float
+    scale: Tensor | float
+    correction1: Tensor | float
+    correction2: Tensor | float
 
 
 class MomentUpdates:
@@ -64,21 +89,50 @@ class MomentUpdates:
 
     def update(self, parameter: Parameter) -> Tensor:
         """The update, of the parameter's shape."""
+        known = self._moments(parameter)
+        if known is None:
+            return torch.full_like(parameter, float("nan"))
+        self._add_sums(known, local_shard(known.mean).reshape(-1), local_shard(known.variance).reshape(-1))
+        return torch.div(known.mean, known.variance.sqrt().add_(known.epsilon)).mul_(known.scale)
+
+    def square(self, parameter: Parameter) -> Tensor:
+        """Its sum of squares, piece by piece, so that no copy of the whole parameter is made."""
+        known = self._moments(parameter)
+        if known is None:
+            return torch.full((), float("nan"), device=parameter.device)
+        squares = []
+        for mean, variance in zip(_pieces(known.mean), _pieces(known.variance), strict=True):
+            self._add_sums(known, mean, variance)
+            root = variance.sqrt().add_(known.epsilon)
+            ratio = torch.div(mean, root, out=root)
+            squares.append(torch.dot(ratio, ratio))
+        total = squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+        return total * known.scale**2
+
+    def _moments(self, parameter: Parameter) -> _Moments | None:
+        """None where the update is not known."""
         state, (group, multiplier) = self._optimizer.state[parameter], self._groups[id(parameter)]
         if "exp_avg" not in state or "exp_avg_sq" not in state:
-            return torch.full_like(parameter, float("nan"))
+            return None
         beta1, beta2 = group["betas"]
         step = _step_count(state["step"])
         correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
         if isinstance(correction2, float) and correction2 == 0.0:  # every step so far was skipped
-            return torch.full_like(parameter, float("nan"))
-        mean, variance = _wide(state["exp_avg"]), _wide(state["exp_avg_sq"])
-        flat = local_shard(mean).reshape(-1)
-        self._mean_squares.append(torch.dot(flat, flat) / correction1**2)
-        self._variances.append(local_shard(variance).sum() / correction2)
-        denominator = variance.sqrt().mul_(correction2**-0.5).add_(group["eps"])
-        update = torch.div(mean, denominator.mul_(correction1))
-        return update if multiplier == 1.0 else update.mul_(multiplier)
+            return None
+        root = correction2**0.5
+        return _Moments(
+            _wide(state["exp_avg"]),
+            _wide(state["exp_avg_sq"]),
+            epsilon=group["eps"] * root,
+            scale=multiplier * root / correction1,
+            correction1=correction1,
+            correction2=correction2,
+        )
+
+    def _add_sums(self, known: _Moments, mean: Tensor, variance: Tensor) -> None:
+        """Takes parts of the moments, one-dimensional, into their sums."""
+        self._mean_squares.append(torch.dot(mean, mean) / known.correction1**2)
+        self._variances.append(variance.sum() / known.correction2)
 
     def moment_sums(self) -> Tensor:
         """Sums of the bias-corrected squared means and of the variances, [2]."""
@@ -107,6 +161,10 @@ class DifferenceUpdates:
             return torch.full_like(parameter, float("nan"))
         return (_wide(self._before[id(parameter)]) - _wide(parameter.detach())).div_(self._learning_rate)
 
+    def square(self, parameter: Parameter) -> Tensor:
+        """Its sum of squares."""
+        return square_sum(self.update(parameter))
+
     def moment_sums(self) -> Tensor:
         """Not known, [2]."""
         return torch.full((2,), float("nan"))
@@ -120,6 +178,12 @@ def local_shard(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, the same on every process; any other tensor as it is."""
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """This process's part, flat; on a CPU in pieces that stay in its cache, elsewhere whole."""
+    flat = local_shard(tensor).reshape(-1)
+    return torch.split(flat, _PIECE) if flat.device.type == "cpu" and len(flat) > _PIECE else (flat,)
 
 
 def square_sum(tensor: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from llmrl_envs.jobs.snapshot import SessionSnapshot
 from llmrl.compare.baselines.rates import FixedRates
 from llmrl.compare.baselines.running import EventCounter
 from llmrl.hosts.curve import CurvePoint
-from llmrl.hosts.job import JobResult
 from llmrl.hosts.memory import PeakMemory
+from llmrl.hosts.result import JobResult
 
 NUM_ROUNDS = 10
 PERTURBATIONS = (0.8, 1.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,7 @@ from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
 from llmrl.compare.baselines.rates import FeedbackRates
-from llmrl.hosts.curve import CurveRecorder
-from llmrl.hosts.job import JobResult
-from llmrl.hosts.memory import PeakMemory
+from llmrl.hosts.result import JobMeter, JobResult
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class EventCounter:
         self.spikes += bool(self._losses.spike[0] > SPIKE_MULTIPLE)
 
     def counts(self) -> dict[str, int]:
-        """As `llmrl.hosts.job.count_events` gives them; nothing rolls back or falls back here."""
+        """As `llmrl.hosts.result.count_events` gives them; nothing rolls back or falls back here."""
         return {"skipped_steps": self.skipped_steps, "spikes": self.spikes, "rollbacks": 0, "fallbacks": 0}
 
 
@@ -90,33 +87,17 @@ def run_baseline(
         clip=baseline.make_clipper(job.task) if baseline.make_clipper else clip_to_limit,
     )
     rates = baseline.make_rates(learning_rate, job.task)
-    memory, initial = PeakMemory(job.device), session.evaluate("test")
-    curve, events, tokens_evaluated = CurveRecorder(session, curve_points), EventCounter(), 0
-    began = time.perf_counter()
-    curve.begin()
+    meter, events = JobMeter(session, curve_points), EventCounter()
     for num_steps in decision_intervals(session.total_steps):
         statistics = session.run_interval(num_steps, rates)
         rate = _last_rate(session, rates, baseline)
         if isinstance(rates, FeedbackRates):
-            found = session.evaluate("validation")
-            tokens_evaluated += found.num_tokens
-            rates.observe(found.loss)
+            rates.observe(meter.evaluate())
         events.add(statistics)
-        curve.add(statistics, rate)
+        meter.add(statistics, rate)
         if on_step is not None:
             on_step(session.step)
-    seconds = time.perf_counter() - began - curve.seconds
-    return JobResult(
-        initial=initial,
-        final=session.evaluate("test"),
-        seconds=seconds,
-        tokens_trained=session.tokens_trained,
-        tokens_evaluated=tokens_evaluated,
-        curve=tuple(curve.points),
-        tokens_measured=curve.tokens,
-        peak_memory_bytes=memory.read_bytes(),
-        events=events.counts(),
-    )
+    return meter.finish(events.counts())
 
 
 def _last_rate(session: FineTuningSession, rates: StepRates, baseline: Baseline) -> float:

@@ -1,7 +1,9 @@
 """A policy in a Trainer: what it sees, the rates that train and are logged, what a Trainer may be asked for."""
 
 import numpy as np
+import prodigyopt
 import pytest
+import schedulefree
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning import FineTuningEnv
@@ -35,7 +37,11 @@ def weights(trainer):
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"mode": "lora"}], ids=str)
 def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, changes, scripted, task_settings):
-    """The same job, seed and actions: equal observations and equal learning rates."""
+    """The same job, seed and actions: equal observations and equal learning rates.
+
+    Both sum a batch's losses in another order, so that losses differ in their last bit; features that divide by a small
+    difference of losses make more of that.
+    """
     task = FineTuningTask.model_validate({**task_settings, **changes})
     env = FineTuningEnv({"tasks": [task]})
     seen = [env.reset(options={"job": SampledTask(task, 0, 1e-5, 3)})[0]]
@@ -58,7 +64,7 @@ def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, cha
     records = callback.controller.records
     np.testing.assert_allclose([record.learning_rate for record in records], rates, rtol=1e-6)
     for index in range(len(ACTIONS)):
-        np.testing.assert_allclose(policy.seen[index], seen[index], rtol=1e-6, atol=1e-6, err_msg=str(index))
+        np.testing.assert_allclose(policy.seen[index], seen[index], rtol=1e-6, atol=1e-5, err_msg=str(index))
     assert [record.decision.action_name for record in records] == list(ACTIONS)
 
 
@@ -97,8 +103,8 @@ def test_the_given_rate_does_not_matter(make_trainer):
         {"bf16": True, "max_steps": 10},
         {"max_grad_norm": 0.0, "max_steps": 10},
         {"optim": "adafactor", "optim_args": "scale_parameter=False", "max_steps": 10},
-        {"num_train_epochs": 1, "max_steps": -1},
-        {"torch_compile": False, "average_tokens_across_devices": False, "max_steps": 10},
+        {"num_train_epochs": 0.5, "max_steps": -1},
+        {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 10},
     ],
     ids=str,
 )
@@ -211,24 +217,13 @@ def test_a_callback_that_comes_late_says_how_to_come_in_time(make_trainer):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-class FakeProdigy(torch.optim.AdamW):
-    pass
-
-
-FakeProdigy.__name__ = "Prodigy"
-
-
-class AdamWScheduleFree(torch.optim.AdamW):
-    pass
-
-
 @pytest.mark.parametrize(
     ("make", "told"),
     [
         (lambda p: __import__("transformers").Adafactor(p, lr=None, relative_step=True), "relative steps"),
         (lambda p: __import__("transformers").Adafactor(p, lr=1e-3, relative_step=False), "scale_parameter"),
-        (lambda p: FakeProdigy(p), "Prodigy"),
-        (lambda p: AdamWScheduleFree(p), "ScheduleFree"),
+        (prodigyopt.Prodigy, "Prodigy"),
+        (schedulefree.AdamWScheduleFree, "ScheduleFree"),
         (lambda p: torch.optim.SGD(p, lr=0.1), "SGD"),
         (lambda p: torch.optim.AdamW(p, lr=0.0), "positive learning rate"),
     ],

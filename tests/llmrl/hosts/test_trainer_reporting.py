@@ -66,3 +66,17 @@ def test_other_integrations_are_told_as_the_trainer_tells_them(make_trainer):
     assert levels == pytest.approx([0.0025] * 8)
     assert not any("llmrl/level" in row for row in outside.rows)
     assert any("loss" in row for row in outside.rows)
+
+
+def test_tensorboard_has_the_series(make_trainer, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    callback = ScheduleCallback("hold")
+    make_trainer([callback], report_to=["tensorboard"]).train()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    (name,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("llmrl/learning_rate")]
+    found = {event.step: event.value for event in events.Scalars(name)}
+    records = callback.controller.records
+    assert list(found) == [record.step for record in records]
+    assert list(found.values()) == pytest.approx([record.learning_rate for record in records])
