@@ -108,5 +108,5 @@ def test_one_command_makes_table_and_figure(tmp_path):
     environment = {**os.environ, **settings, "NO_ENVIRONMENT": "1", "WANDB_MODE": "disabled"}
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
-    assert "| hold |" in (tmp_path / "README.md").read_text()
+    assert "| policy |" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "docs" / "results.png").stat().st_size > 1000
