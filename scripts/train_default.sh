@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A policy from nothing, by the second recipe of docs/default_policy.md, in about an hour on two cores:
+# A policy from nothing, by the second recipe of docs/default_policy.md, in about an hour on two cores (the sum of its parts):
 #
 #   scripts/train_default.sh [FOLDER]     # FOLDER: runs/default
 #
