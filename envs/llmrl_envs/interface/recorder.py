@@ -23,6 +23,7 @@ from llmrl_envs.interface.updates import (
     UpdateMeasure,
     UpdateSource,
     full_tensor,
+    level_parameters,
     local_shard,
     pair_update_square,
     signal_to_noise,
@@ -74,6 +75,9 @@ class StatisticsRecorder:
         self._trainable_fraction = trainable_fraction
         self._pairs = tuple(pairs)
         self._paired = {id(part) for pair in pairs for part in (pair.a, pair.b)}
+        moved = zip(optimizer.param_groups, self._multipliers, strict=True)
+        trained = [p for group, rate in moved if rate for p in group["params"] if id(p) not in self._paired]
+        self._sized = {id(p) for p in level_parameters(trained, has_pairs=bool(pairs))}
         self._source = source
         self._sum_shards = sum_shards
         self._differences: DifferenceUpdates | None = None
@@ -151,15 +155,16 @@ class StatisticsRecorder:
 
     @torch.no_grad()
     def _measure(self, active: Sequence[Parameter], measure: UpdateMeasure) -> Tensor | None:
-        """||u||, ||theta|| and the signal-to-noise ratio, [3]; None where no parameter is active."""
+        """||u|| and ||theta|| of `level_parameters` and the signal-to-noise ratio, [3]; None: nothing is active."""
         held = {id(p) for p in active}
         plain = [p for p in active if id(p) not in self._paired]
         pairs = [pair for pair in self._pairs if id(pair.a) in held or id(pair.b) in held]
         if not plain and not pairs:
             return None
         zero = torch.zeros((), device=self._probes.device)
-        update = torch.stack([zero, *(measure.square(p).float() for p in plain)]).sum()
-        weight = torch.stack([zero, *(square_sum(p).float() for p in plain)]).sum()
+        squares = [(measure.square(p).float(), id(p) in self._sized) for p in plain]
+        update = torch.stack([zero, *(square for square, is_sized in squares if is_sized)]).sum()
+        weight = torch.stack([zero, *(square_sum(p).float() for p in plain if id(p) in self._sized)]).sum()
         update, weight = self._summed(torch.stack([update, weight])).unbind()
         update = update + sum(pair_update_square(pair, measure) for pair in pairs)
         weight = weight + sum(pair.weight_norm**2 for pair in pairs)
@@ -222,7 +227,7 @@ class StatisticsRecorder:
         rates err on the low side. For LoRA, b is zero at first and u_b @ a is the whole change, here with independent
         signs.
         """
-        plain = [p for p in active if id(p) not in self._paired]
+        plain = [p for p in active if id(p) in self._sized]
         factors = {
             id(p): factor
             for group, factor in zip(self._optimizer.param_groups, self._multipliers, strict=True)

@@ -170,6 +170,20 @@ class DifferenceUpdates:
         return torch.full((2,), float("nan"))
 
 
+def level_parameters(parameters: Sequence[Parameter], *, has_pairs: bool = False) -> list[Parameter]:
+    """Those whose norms a level refers to: matrices; vectors only where nothing else is trained.
+
+    Gains of normalisation layers are near one, or far above it, where entries of matrices are hundredths: a few
+    thousand of them can hold most of ||theta||^2, and a level that counts them is several times too high for the rest.
+
+    Args:
+        parameters: What is trained, but for low-rank adapters.
+        has_pairs: There are adapters besides, whose effective change counts.
+    """
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    return matrices if matrices or has_pairs else list(parameters)
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor; any other tensor as it is."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
