@@ -25,6 +25,7 @@ from llmrl_envs.interface.updates import (
     full_tensor,
     local_shard,
     pair_update_square,
+    pieces,
     signal_to_noise,
     square_sum,
 )
@@ -82,6 +83,7 @@ class StatisticsRecorder:
         self._learning_rates: list[float] = []
         self._limits: list[float] = []
 
+    @torch.no_grad()
     def before_update(self, active: Iterable[Parameter], *, probe: bool, learning_rate: float = 0.0) -> None:
         """Measures the gradient against the momentum of the step before.
 
@@ -95,19 +97,18 @@ class StatisticsRecorder:
         active = list(active)
         if self._source == "difference":
             self._differences = DifferenceUpdates(active, learning_rate)
-        with torch.no_grad():
-            sums = []
-            for parameter in active:
-                average = self._optimizer.state[parameter].get("exp_avg")
-                if parameter.grad is None or average is None:
-                    continue
-                dtype = torch.promote_types(average.dtype, torch.float32)
-                flat = local_shard(parameter.grad.detach()).reshape(-1).to(dtype)
-                mean = local_shard(average).reshape(-1).to(dtype)
-                sums.append(torch.stack([torch.dot(flat, mean), torch.dot(flat, flat), torch.dot(mean, mean)]))
-            if sums:
-                dot, gradient, momentum = self._summed(torch.stack(sums).sum(dim=0)).unbind()
-                self._probes[0] = dot / ((gradient * momentum).sqrt() + _EPSILON)
+        dots: list[Tensor] = []  # three for each piece
+        for parameter in active:
+            average = self._optimizer.state[parameter].get("exp_avg")
+            if parameter.grad is None or average is None:
+                continue
+            for gradient, momentum in zip(pieces(parameter.grad.detach()), pieces(average), strict=True):
+                flat = gradient.to(momentum.dtype)
+                dots += (torch.dot(flat, momentum), torch.dot(flat, flat), torch.dot(momentum, momentum))
+        if dots:
+            sums = self._summed(torch.stack(dots).reshape(-1, 3).sum(dim=0))
+            dot, gradient_square, momentum_square = sums.unbind()
+            self._probes[0] = dot / ((gradient_square * momentum_square).sqrt() + _EPSILON)
 
     def record_step(
         self,
@@ -157,10 +158,11 @@ class StatisticsRecorder:
         pairs = [pair for pair in self._pairs if id(pair.a) in held or id(pair.b) in held]
         if not plain and not pairs:
             return None
-        zero = torch.zeros((), device=self._probes.device)
-        update = torch.stack([zero, *(measure.square(p).float() for p in plain)]).sum()
-        weight = torch.stack([zero, *(square_sum(p).float() for p in plain)]).sum()
-        update, weight = self._summed(torch.stack([update, weight])).unbind()
+        squares = torch.zeros(2, device=self._probes.device)
+        if plain:
+            weight = torch.stack([square_sum(p).float() for p in plain]).sum()
+            squares = torch.stack([measure.square(plain).float(), weight])
+        update, weight = self._summed(squares).unbind()
         update = update + sum(pair_update_square(pair, measure) for pair in pairs)
         weight = weight + sum(pair.weight_norm**2 for pair in pairs)
         moments = self._summed(measure.moment_sums().to(self._probes.device))
