@@ -22,10 +22,10 @@ from llmrl_envs.interface.updates import (
     MomentUpdates,
     UpdateMeasure,
     UpdateSource,
+    flat_shard,
     full_tensor,
     local_shard,
     pair_update_square,
-    pieces,
     signal_to_noise,
     square_sum,
 )
@@ -97,14 +97,14 @@ class StatisticsRecorder:
         active = list(active)
         if self._source == "difference":
             self._differences = DifferenceUpdates(active, learning_rate)
-        dots: list[Tensor] = []  # three for each piece
+        dots: list[Tensor] = []  # three for each parameter
         for parameter in active:
             average = self._optimizer.state[parameter].get("exp_avg")
             if parameter.grad is None or average is None:
                 continue
-            for gradient, momentum in zip(pieces(parameter.grad.detach()), pieces(average), strict=True):
-                flat = gradient.to(momentum.dtype)
-                dots += (torch.dot(flat, momentum), torch.dot(flat, flat), torch.dot(momentum, momentum))
+            momentum = flat_shard(average)
+            gradient = flat_shard(parameter.grad.detach()).to(momentum.dtype)
+            dots += (torch.dot(gradient, momentum), torch.dot(gradient, gradient), torch.dot(momentum, momentum))
         if dots:
             sums = self._summed(torch.stack(dots).reshape(-1, 3).sum(dim=0))
             dot, gradient_square, momentum_square = sums.unbind()
@@ -117,8 +117,8 @@ class StatisticsRecorder:
         *,
         learning_rate: float,
         max_gradient_norm: float,
-    ) -> None:
-        """Notes one step.
+    ) -> Tensor:
+        """Notes one step, and returns whether its loss and gradient are finite, a scalar on the device.
 
         Args:
             loss: Mean loss of the step, a scalar on the device.
@@ -129,16 +129,17 @@ class StatisticsRecorder:
         position = len(self._learning_rates)
         if position >= len(self._steps):
             raise ValueError(f"interval: expected at most {len(self._steps)} steps, got one more")
-        finite = torch.isfinite(loss.detach())
-        self._steps[position, _LOSS] = loss.detach()
+        told = [loss.detach()] if gradient_norm is None else [loss.detach(), gradient_norm.detach()]
+        values = torch.stack(told)
+        finite = torch.isfinite(values).all()
+        row = self._steps[position]
+        row[: len(told)] = values
         if gradient_norm is None:
-            self._steps[position, _NORM] = float("nan")
-        else:
-            self._steps[position, _NORM] = gradient_norm.detach()
-            finite = finite & torch.isfinite(gradient_norm.detach())
-        self._steps[position, _SKIPPED] = ~finite
+            row[_NORM] = float("nan")
+        row[_SKIPPED] = ~finite
         self._learning_rates.append(learning_rate)
         self._limits.append(max_gradient_norm)
+        return finite
 
     def after_update(self, active: Iterable[Parameter], *, probe: bool) -> None:
         """Measures the optimizer's update at learning rate one, and the weights."""

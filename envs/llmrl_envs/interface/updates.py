@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 UpdateSource = Literal["moments", "difference"]
 _EPSILON = 1e-30
-_PIECE = 2**17
-"""Numbers that are measured together on a CPU: half a megabyte, and the memory system hands out no new pages."""
+_PIECE = 2**18
+"""Numbers that are measured together on a CPU: a megabyte, which stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,17 @@ class MomentUpdates:
     def square(self, parameters: Iterable[Parameter]) -> Tensor:
         """Their sum of squares, piece by piece, so that no copy of a whole parameter is made."""
         found: dict[int, tuple[_Scaling, list[Tensor]]] = {}
+        root = _SquareRoot()
         for parameter in parameters:
             state = self._optimizer.state[parameter]
             scaling = self._scaling(parameter, state)
             if scaling is None:
                 return torch.full((), float("nan"), device=parameter.device)
             squares = found.setdefault(id(scaling), (scaling, []))[1]
-            for mean, variance in zip(pieces(state["exp_avg"]), pieces(state["exp_avg_sq"]), strict=True):
+            for mean, variance in zip(_pieces(state["exp_avg"]), _pieces(state["exp_avg_sq"]), strict=True):
                 scaling.add(mean, variance)
-                root = _square_root(variance).add_(scaling.epsilon)
-                ratio = torch.div(mean, root, out=root)
+                ratio = root(variance).add_(scaling.epsilon)
+                torch.div(mean, ratio, out=ratio)
                 squares.append(torch.dot(ratio, ratio))
         return torch.stack([(torch.stack(parts).sum() * s.scale**2).float() for s, parts in found.values()]).sum()
 
@@ -190,27 +191,41 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
-def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """This process's part, flat and in numbers whose squares can be added up.
+def flat_shard(tensor: Tensor) -> Tensor:
+    """This process's part, flat and in numbers whose squares can be added up."""
+    return _wide(local_shard(tensor).reshape(-1))
 
-    On a CPU it comes in pieces that stay in its cache, elsewhere whole.
-    """
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The same; on a CPU in pieces that stay in its cache, elsewhere whole."""
     flat = local_shard(tensor).reshape(-1)
     whole = flat.device.type != "cpu" or flat.numel() <= _PIECE
     return map(_wide, (flat,) if whole else torch.split(flat, _PIECE))
 
 
-def _square_root(tensor: Tensor) -> Tensor:
-    """Elementwise; on a CPU by NumPy, because torch's takes five times as long where numbers are zero.
+class _SquareRoot:
+    """Elementwise square roots; each lives until the next is asked for.
 
-    Such are the moments of embeddings whose tokens have not occurred.
+    On a CPU NumPy takes them, because torch's take five times as long where numbers are zero, as are the moments of
+    embeddings whose tokens have not occurred; and they lie in one place, so that no new pages are asked for.
     """
-    return torch.from_numpy(np.sqrt(tensor.numpy())) if tensor.device.type == "cpu" else tensor.sqrt()
+
+    def __init__(self) -> None:
+        self._place: Tensor | None = None
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        if flat.device.type != "cpu":
+            return flat.sqrt()
+        if self._place is None or self._place.dtype != flat.dtype:
+            self._place = torch.empty(_PIECE, dtype=flat.dtype)
+        root = self._place[: flat.numel()]
+        np.sqrt(flat.numpy(), out=root.numpy())
+        return root
 
 
 def square_sum(tensor: Tensor) -> Tensor:
     """Sum of squares of this process's part, a scalar."""
-    flat = _wide(local_shard(tensor.detach()).reshape(-1))
+    flat = flat_shard(tensor.detach())
     return torch.dot(flat, flat)
 
 
