@@ -35,6 +35,7 @@ __all__ = ["LowRankPair", "StatisticsRecorder"]
 _NUM_PROBES = 4
 _EPSILON = 1e-30
 _LOSS, _NORM, _SKIPPED = range(3)
+"""What is noted of a step; the last is zero where it was taken, else NaN (1 in checkpoints of earlier versions)."""
 
 
 class StatisticsRecorder:
@@ -103,7 +104,7 @@ class StatisticsRecorder:
             if parameter.grad is None or average is None:
                 continue
             momentum = flat_shard(average)
-            gradient = flat_shard(parameter.grad.detach()).to(momentum.dtype)
+            gradient = flat_shard(parameter.grad).to(momentum.dtype)
             dots += (torch.dot(gradient, momentum), torch.dot(gradient, gradient), torch.dot(momentum, momentum))
         if dots:
             sums = self._summed(torch.stack(dots).reshape(-1, 3).sum(dim=0))
@@ -127,19 +128,19 @@ class StatisticsRecorder:
             max_gradient_norm: Norm that gradients are clipped to.
         """
         position = len(self._learning_rates)
-        if position >= len(self._steps):
-            raise ValueError(f"interval: expected at most {len(self._steps)} steps, got one more")
+        if position >= self._steps.shape[0]:
+            raise ValueError(f"interval: expected at most {self._steps.shape[0]} steps, got one more")
         told = [loss.detach()] if gradient_norm is None else [loss.detach(), gradient_norm.detach()]
         values = torch.stack(told)
-        finite = torch.isfinite(values).all()
+        defect = (values * 0.0).sum()  # zero, or NaN where one is not finite
         row = self._steps[position]
         row[: len(told)] = values
         if gradient_norm is None:
             row[_NORM] = float("nan")
-        row[_SKIPPED] = ~finite
+        row[_SKIPPED] = defect
         self._learning_rates.append(learning_rate)
         self._limits.append(max_gradient_norm)
-        return finite
+        return defect == 0.0
 
     def after_update(self, active: Iterable[Parameter], *, probe: bool) -> None:
         """Measures the optimizer's update at learning rate one, and the weights."""
