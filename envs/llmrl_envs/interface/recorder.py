@@ -22,6 +22,7 @@ from llmrl_envs.interface.updates import (
     MomentUpdates,
     UpdateMeasure,
     UpdateSource,
+    flat_shard,
     full_tensor,
     level_parameters,
     local_shard,
@@ -35,6 +36,7 @@ __all__ = ["LowRankPair", "StatisticsRecorder"]
 _NUM_PROBES = 4
 _EPSILON = 1e-30
 _LOSS, _NORM, _SKIPPED = range(3)
+"""What is noted of a step; the last is zero where it was taken, else NaN (1 in checkpoints of earlier versions)."""
 
 
 class StatisticsRecorder:
@@ -86,6 +88,7 @@ class StatisticsRecorder:
         self._learning_rates: list[float] = []
         self._limits: list[float] = []
 
+    @torch.no_grad()
     def before_update(self, active: Iterable[Parameter], *, probe: bool, learning_rate: float = 0.0) -> None:
         """Measures the gradient against the momentum of the step before.
 
@@ -99,19 +102,18 @@ class StatisticsRecorder:
         active = list(active)
         if self._source == "difference":
             self._differences = DifferenceUpdates(active, learning_rate)
-        with torch.no_grad():
-            sums = []
-            for parameter in active:
-                average = self._optimizer.state[parameter].get("exp_avg")
-                if parameter.grad is None or average is None:
-                    continue
-                dtype = torch.promote_types(average.dtype, torch.float32)
-                flat = local_shard(parameter.grad.detach()).reshape(-1).to(dtype)
-                mean = local_shard(average).reshape(-1).to(dtype)
-                sums.append(torch.stack([torch.dot(flat, mean), torch.dot(flat, flat), torch.dot(mean, mean)]))
-            if sums:
-                dot, gradient, momentum = self._summed(torch.stack(sums).sum(dim=0)).unbind()
-                self._probes[0] = dot / ((gradient * momentum).sqrt() + _EPSILON)
+        dots: list[Tensor] = []  # three for each parameter
+        for parameter in active:
+            average = self._optimizer.state[parameter].get("exp_avg")
+            if parameter.grad is None or average is None:
+                continue
+            momentum = flat_shard(average)
+            gradient = flat_shard(parameter.grad).to(momentum.dtype)
+            dots += (torch.dot(gradient, momentum), torch.dot(gradient, gradient), torch.dot(momentum, momentum))
+        if dots:
+            sums = self._summed(torch.stack(dots).reshape(-1, 3).sum(dim=0))
+            dot, gradient_square, momentum_square = sums.unbind()
+            self._probes[0] = dot / ((gradient_square * momentum_square).sqrt() + _EPSILON)
 
     def record_step(
         self,
@@ -120,8 +122,8 @@ class StatisticsRecorder:
         *,
         learning_rate: float,
         max_gradient_norm: float,
-    ) -> None:
-        """Notes one step.
+    ) -> Tensor:
+        """Notes one step, and returns whether its loss and gradient are finite, a scalar on the device.
 
         Args:
             loss: Mean loss of the step, a scalar on the device.
@@ -130,18 +132,19 @@ class StatisticsRecorder:
             max_gradient_norm: Norm that gradients are clipped to.
         """
         position = len(self._learning_rates)
-        if position >= len(self._steps):
-            raise ValueError(f"interval: expected at most {len(self._steps)} steps, got one more")
-        finite = torch.isfinite(loss.detach())
-        self._steps[position, _LOSS] = loss.detach()
+        if position >= self._steps.shape[0]:
+            raise ValueError(f"interval: expected at most {self._steps.shape[0]} steps, got one more")
+        told = [loss.detach()] if gradient_norm is None else [loss.detach(), gradient_norm.detach()]
+        values = torch.stack(told)
+        defect = (values * 0.0).sum()  # zero, or NaN where one is not finite
+        row = self._steps[position]
+        row[: len(told)] = values
         if gradient_norm is None:
-            self._steps[position, _NORM] = float("nan")
-        else:
-            self._steps[position, _NORM] = gradient_norm.detach()
-            finite = finite & torch.isfinite(gradient_norm.detach())
-        self._steps[position, _SKIPPED] = ~finite
+            row[_NORM] = float("nan")
+        row[_SKIPPED] = defect
         self._learning_rates.append(learning_rate)
         self._limits.append(max_gradient_norm)
+        return defect == 0.0
 
     def after_update(self, active: Iterable[Parameter], *, probe: bool) -> None:
         """Measures the optimizer's update at learning rate one, and the weights."""
@@ -161,11 +164,14 @@ class StatisticsRecorder:
         pairs = [pair for pair in self._pairs if id(pair.a) in held or id(pair.b) in held]
         if not plain and not pairs:
             return None
-        zero = torch.zeros((), device=self._probes.device)
-        squares = [(measure.square(p).float(), id(p) in self._sized) for p in plain]
-        update = torch.stack([zero, *(square for square, is_sized in squares if is_sized)]).sum()
-        weight = torch.stack([zero, *(square_sum(p).float() for p in plain if id(p) in self._sized)]).sum()
-        update, weight = self._summed(torch.stack([update, weight])).unbind()
+        sized, others = ([p for p in plain if (id(p) in self._sized) is here] for here in (True, False))
+        squares = torch.zeros(2, device=self._probes.device)
+        if sized:
+            weight = torch.stack([square_sum(p).float() for p in sized]).sum()
+            squares = torch.stack([measure.square(sized).float(), weight])
+        if others:  # they count in the moments' sums
+            measure.square(others)
+        update, weight = self._summed(squares).unbind()
         update = update + sum(pair_update_square(pair, measure) for pair in pairs)
         weight = weight + sum(pair.weight_norm**2 for pair in pairs)
         moments = self._summed(measure.moment_sums().to(self._probes.device))

@@ -360,3 +360,57 @@ def test_half_precision_weights_are_added_up_in_full(dtype):
     assert found.weight_norm[0] == pytest.approx(10.0 * 1000**0.5, rel=0.01)
     assert found.update_norm[0] == pytest.approx(1000**0.5, rel=0.05)
     assert found.momentum_cosine[0] == pytest.approx(1.0, abs=0.01)
+
+
+# -- a slow twin ----------------------------------------------------------------------------------------------------
+
+
+def slow_statistics(parameters, optimizer, multipliers, momenta):
+    """||u|| and ||theta|| of matrices, cosine and signal-to-noise of all, coordinate by coordinate in float64."""
+    updates, means, variances = [], [], []
+    for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
+        for parameter in group["params"]:
+            state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
+            mean = state["exp_avg"].double() / (1 - beta1 ** float(state["step"]))
+            variance = state["exp_avg_sq"].double() / (1 - beta2 ** float(state["step"]))
+            if parameter.ndim >= 2:
+                updates.append(multiplier * mean / (variance.sqrt() + group["eps"]))
+            means.append(mean)
+            variances.append(variance)
+    gradient, momentum = flat(p.grad for p in parameters), flat(momenta)
+    return {
+        "update_norm": flat(updates).norm(),
+        "weight_norm": flat(p for p in parameters if p.ndim >= 2).norm(),
+        "momentum_cosine": gradient @ momentum / (gradient.norm() * momentum.norm()),
+        "signal_to_noise": flat(means).norm() / flat(variances).sum().sqrt(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_measurements_are_those_of_a_slow_twin(dtype, fused):
+    """Over several pieces, groups with moments of their own, parameters stepped unequally often, and rows of zeros."""
+    job = Job([(700, 900), (7,), (300, 40), (1,)], dtype=dtype)
+    first, second = job.parameters[:2], job.parameters[2:]
+    job.optimizer = torch.optim.AdamW(
+        [{"params": first}, {"params": second, "betas": (0.8, 0.95), "eps": 1e-3}], lr=1e-2, fused=fused
+    )
+    multipliers = (1.0, 0.25)
+    job.recorder = StatisticsRecorder(
+        job.optimizer, device=torch.device("cpu"), mode=TuningMode.FULL, trainable_fraction=1.0, capacity_steps=4,
+        multipliers=multipliers,
+    )  # fmt: skip
+    for step in range(4):
+        for index, parameter in enumerate(job.parameters):
+            parameter.grad = None if index == 3 and step == 0 else job.random(parameter.shape).mul_(10.0 ** -(2 * step))
+        job.parameters[0].grad[300:500] = 0.0
+        job.recorder.before_update(job.parameters, probe=step == 3)
+        if step == 3:
+            momenta = [job.optimizer.state[p]["exp_avg"].clone() for p in job.parameters]
+        job.recorder.record_step(torch.tensor(1.0), None, learning_rate=1e-2, max_gradient_norm=1.0)
+        job.optimizer.step()
+        job.recorder.after_update(job.parameters, probe=step == 3)
+    expected = slow_statistics(job.parameters, job.optimizer, multipliers, momenta)
+    found = job.collect()
+    for name, value in expected.items():
+        assert getattr(found, name)[0] == pytest.approx(float(value), rel=2e-6, abs=2e-7), name
