@@ -158,6 +158,7 @@ class LiveJob:
             multipliers=self._rates.multipliers,
             source=self._source,
             sum_shards=self._processes.sum if sharded else None,
+            flat_vectors=found.flat_vectors,
         )
 
     def _begin(self, mode: int, trainable_fraction: float) -> None:

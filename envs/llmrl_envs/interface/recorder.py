@@ -56,6 +56,8 @@ class StatisticsRecorder:
         multipliers: Factor of each parameter group's rate on the common one; None: all one.
         source: Where the update is read: from Adam's moments, or from the change of the weights.
         sum_shards: Sums a tensor over the processes that hold shards of the parameters; None: nothing is sharded.
+        flat_vectors: Vectors, whole on every process, that the optimizer holds within flat partitions (DeepSpeed).
+            Their norm is taken off, and of the update's square as much as they have of the numbers.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class StatisticsRecorder:
         multipliers: Sequence[float] | None = None,
         source: UpdateSource = "moments",
         sum_shards: Callable[[Tensor], Tensor] | None = None,
+        flat_vectors: Sequence[Parameter] = (),
     ) -> None:
         self._optimizer = optimizer
         self._multipliers = tuple(multipliers) if multipliers is not None else (1.0,) * len(optimizer.param_groups)
@@ -77,11 +80,14 @@ class StatisticsRecorder:
         self._trainable_fraction = trainable_fraction
         self._pairs = tuple(pairs)
         self._paired = {id(part) for pair in pairs for part in (pair.a, pair.b)}
-        moved = zip(optimizer.param_groups, self._multipliers, strict=True)
-        trained = [p for group, rate in moved if rate for p in group["params"] if id(p) not in self._paired]
-        self._sized = {id(p) for p in level_parameters(trained, has_pairs=bool(pairs))}
+        self._factors = {
+            id(p): factor
+            for group, factor in zip(optimizer.param_groups, self._multipliers, strict=True)
+            for p in group["params"]
+        }
         self._source = source
         self._sum_shards = sum_shards
+        self._flat_vectors = tuple(flat_vectors)
         self._differences: DifferenceUpdates | None = None
         self._steps = torch.zeros(capacity_steps, 3, device=device)
         self._probes = torch.full((_NUM_PROBES,), float("nan"), device=device)
@@ -164,18 +170,34 @@ class StatisticsRecorder:
         pairs = [pair for pair in self._pairs if id(pair.a) in held or id(pair.b) in held]
         if not plain and not pairs:
             return None
-        sized, others = ([p for p in plain if (id(p) in self._sized) is here] for here in (True, False))
+        sized = self._sized(plain)
+        counted = {id(p) for p in sized}
+        others = [p for p in plain if id(p) not in counted]
         squares = torch.zeros(2, device=self._probes.device)
         if sized:
             weight = torch.stack([square_sum(p).float() for p in sized]).sum()
             squares = torch.stack([measure.square(sized).float(), weight])
         if others:  # they count in the moments' sums
             measure.square(others)
-        update, weight = self._summed(squares).unbind()
+        update, weight = self._without_vectors(self._summed(squares), sized).unbind()
         update = update + sum(pair_update_square(pair, measure) for pair in pairs)
         weight = weight + sum(pair.weight_norm**2 for pair in pairs)
         moments = self._summed(measure.moment_sums().to(self._probes.device))
         return torch.stack([update.sqrt(), weight.sqrt(), signal_to_noise(moments)])
+
+    def _sized(self, plain: Sequence[Parameter]) -> list[Parameter]:
+        """Those that a level refers to, of those that have a rate."""
+        moved = [p for p in plain if self._factors.get(id(p), 1.0)]
+        return level_parameters(moved, has_pairs=bool(self._pairs))
+
+    def _without_vectors(self, squares: Tensor, flat: Sequence[Parameter]) -> Tensor:
+        """Squares of update and weight, [2], less those of vectors that flat partitions hold."""
+        if not self._flat_vectors:
+            return squares
+        held = self._summed(torch.tensor(float(sum(p.numel() for p in flat)), device=squares.device))
+        share = 1.0 - sum(p.numel() for p in self._flat_vectors) / held
+        vectors = torch.stack([square_sum(p).float() for p in self._flat_vectors]).sum()
+        return torch.stack([squares[0] * share, (squares[1] - vectors).clamp(min=0.0)])
 
     def _summed(self, tensor: Tensor) -> Tensor:
         return tensor if self._sum_shards is None else self._sum_shards(tensor)
@@ -233,25 +255,18 @@ class StatisticsRecorder:
         rates err on the low side. For LoRA, b is zero at first and u_b @ a is the whole change, here with independent
         signs.
         """
-        plain = [p for p in active if id(p) in self._sized]
-        factors = {
-            id(p): factor
-            for group, factor in zip(self._optimizer.param_groups, self._multipliers, strict=True)
-            for p in group["params"]
-        }
+        plain = self._sized([p for p in active if id(p) not in self._paired])
+        factors = self._factors
         update = sum(local_shard(p).numel() * factors[id(p)] ** 2 for p in plain)
         weight = sum(float(local_shard(p).detach().double().square().sum()) for p in plain)
         sums = torch.tensor([update, weight], dtype=torch.float64)
-        update, weight = sums.tolist() if self._sum_shards is None else self._shard_sums(sums)
+        sums = sums if self._sum_shards is None else self._summed(sums.float().to(self._probes.device))
+        update, weight = self._without_vectors(sums, plain).tolist()
         for pair in self._pairs:
             a = full_tensor(pair.a.detach()).double()
             update += (pair.scaling * factors[id(pair.b)]) ** 2 * len(pair.b) * float(a.square().sum())
             weight += pair.weight_norm**2
         return update**0.5, weight**0.5
-
-    def _shard_sums(self, sums: Tensor) -> list[float]:
-        found: list[float] = self._summed(sums.float().to(self._probes.device)).tolist()
-        return found
 
     def present_norms(self, active: Sequence[Parameter]) -> tuple[float, float]:
         """||u|| and ||theta|| of a job whose optimizer has moments from earlier steps; NaN where it has none."""
