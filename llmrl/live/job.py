@@ -263,7 +263,9 @@ class LiveJob:
         )
         update = self.loop.observe(statistics)
         if update.at_best[0] and self._keeps_snapshots:
-            self._snapshot.take(self._parameters, self._optimizer, self._generators.states())
+            # Everyone's, because a checkpoint may be written by the first process for all.
+            states = {name: self._processes.gather(state) for name, state in self._generators.states().items()}
+            self._snapshot.take(self._parameters, self._optimizer, states)
             self.loop.schedule.has_snapshot[:] = True
         rescued = bool(update.fell_back[0]) and self._snapshot.taken
         if rescued:
@@ -279,7 +281,9 @@ class LiveJob:
 
     def _roll_back(self) -> None:
         reshard(self._model)
-        self._generators.restore(self._snapshot.restore(self._parameters, self._optimizer))
+        states = self._snapshot.restore(self._parameters, self._optimizer)
+        rank = self._processes.rank
+        self._generators.restore({name: everyone[rank] for name, everyone in states.items() if rank < len(everyone)})
 
     def _decide(self) -> None:
         self._decision = self.loop.decide()

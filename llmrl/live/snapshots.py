@@ -82,7 +82,13 @@ class Snapshot:
     def take(
         self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, random_state: Mapping[str, Tensor]
     ) -> None:
-        """Keeps the present state in place of the one before; generator states go by the name of their device."""
+        """Keeps the present state in place of the one before.
+
+        Args:
+            parameters: By name.
+            optimizer: Theirs.
+            random_state: Generator states of all processes, uint8[P, ..], by the name of their device.
+        """
         generators = {_SEPARATOR + name: state for name, state in random_state.items()}
         self.put(copy_state(parameters, optimizer) | generators)
 

@@ -289,11 +289,9 @@ def run_forked(case, output, *, kill_at=None, resume=False):
 def program(folder, what):
     import torch
 
-    import llmrl.finetune  # noqa: F401 - once, for all forks
-
     torch.set_num_threads(1)
     for case in FEW if what == "few" else CASES:
-        run_forked(case, folder / f"{case}-whole")
+        run_case(case, folder / f"{case}-whole", resume=False)  # here, so that forks find everything imported
         if what == "few":
             for number, kill_at in enumerate((9, "checkpoint", None)):
                 run_forked(case, folder / f"{case}-cut", kill_at=kill_at, resume=number > 0)
