@@ -67,6 +67,7 @@ TrackersOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--trackers", help="Further trackers, separated by commas: tensorboard, trackio, ..."),
 ]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")]
 KindOption = Annotated[Optional[Kind], typer.Option("--kind", help="Default: told by the keys.")]  # noqa: UP045
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -94,14 +95,13 @@ def train(
     config: ConfigOption,
     output: OutputOption,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    resume: ResumeOption = False,
     wandb: WandbOption = None,
     trackers: TrackersOption = None,
 ) -> None:
     """Learn a policy and write it to OUTPUT/policy."""
-    program = ["llmrl"] if os.environ.get("WORLD_SIZE", "1") == "1" else ["accelerate", "launch", "-m", "llmrl"]
-    again = [*program, "train", "--config", str(config), "--output", str(output), "--resume", *(overrides or [])]
-    with reported_failures(f"stopped; go on with\n  {shlex.join(again)}"):
+    again = ["train", "--config", str(config), "--output", str(output), "--resume", *(overrides or [])]
+    with reported_failures(_go_on_with(again)):
         settings = _load("train", config, overrides, None, trackers)
         from llmrl.training.loop import train as run
 
@@ -125,11 +125,14 @@ def finetune(
         Optional[str],  # noqa: UP045
         typer.Option("--schedule", "-s", help="A named schedule instead: linear, cosine, constant."),
     ] = None,
+    resume: ResumeOption = False,
     wandb: WandbOption = None,
     trackers: TrackersOption = None,
 ) -> None:
     """Run one fine-tuning job, steered by a policy or by a named schedule."""
-    with reported_failures(f"stopped; what was decided so far is in {output / 'schedule.jsonl'}"):
+    steered = [word for pair in (("--policy", policy), ("--schedule", schedule)) if pair[1] for word in pair if word]
+    again = ["finetune", "--config", str(config), *steered, "--output", str(output), "--resume", *(overrides or [])]
+    with reported_failures(_go_on_with(again)):
         if (policy is None) == (schedule is None):
             from llmrl_envs.errors import UserError
 
@@ -138,7 +141,7 @@ def finetune(
         settings = _load("finetune", config, overrides, wandb, trackers)
         from llmrl.finetune import finetune as run
 
-        run(config=settings, output=output, policy=policy, schedule=schedule)
+        run(config=settings, output=output, policy=policy, schedule=schedule, resume=resume)
 
 
 @app.command()
@@ -287,6 +290,12 @@ def policy_push(
         from llmrl.policy_export import push_policy
 
         typer.echo(push_policy(policy, repository, private=private))
+
+
+def _go_on_with(words: Sequence[str]) -> str:
+    """What to say after Ctrl-C."""
+    program = ["llmrl"] if os.environ.get("WORLD_SIZE", "1") == "1" else ["accelerate", "launch", "-m", "llmrl"]
+    return f"stopped; go on with\n  {shlex.join([*program, *words])}"
 
 
 def _load(

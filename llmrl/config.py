@@ -312,6 +312,9 @@ class FinetuneConfig(Settings):
             trained with.
         device: Where the job runs; `auto` is a GPU when there is one.
         save_model: Write the fine-tuned model (or adapter) to the run directory.
+        checkpoint_period_decisions: Decisions between checkpoints for `--resume`; 0 writes none. A job takes about 45
+            decisions. The newest two checkpoints are kept, each of up to six times the trained weights (with their
+            moments, and the best state for a rollback).
         tracking: Weights & Biases.
     """
 
@@ -321,6 +324,7 @@ class FinetuneConfig(Settings):
     schedule: ScheduleConfig | None = None
     device: Device = "auto"
     save_model: bool = True
+    checkpoint_period_decisions: int = Field(default=5, ge=0)
     tracking: TrackingConfig = TrackingConfig()
 
 

@@ -1,6 +1,7 @@
 """`llmrl finetune`: one fine-tuning job, steered by a policy or by a usual schedule, alone or under accelerate.
 
-Writes config.yaml, schedule.jsonl (a row a decision, as it happens), schedule.png, summary.json and model/.
+Writes config.yaml, schedule.jsonl (a row a decision, as it happens), checkpoints/, schedule.png, summary.json and
+model/. A job that is killed at any moment and resumed ends with the same files, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from typing import Any, TypeGuard
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.schedule import ScheduleSettings
-from llmrl_envs.jobs.loading import Job, JobLibrary
+from llmrl_envs.jobs.loading import Job, JobLibrary, resolve_device
 from llmrl_envs.jobs.models import save_model
 from llmrl_envs.jobs.parallel import ParallelContext
 from llmrl_envs.jobs.task import FineTuningTask
 
 from llmrl.config import FinetuneConfig
-from llmrl.config_loading import config_to_yaml
+from llmrl.config_loading import config_to_yaml, load_config
 from llmrl.decisions import DecisionRecord, decision_row
+from llmrl.failures import print_message
 from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
+from llmrl.hosts.checkpoints import JobCheckpoints, differences
 from llmrl.hosts.job import named_schedule, run_job
+from llmrl.hosts.job_state import JobState
 from llmrl.hosts.result import JobResult
-from llmrl.hosts.sharded import check_sharded_task, run_sharded_job
+from llmrl.hosts.sharded import can_checkpoint, check_sharded_task, run_sharded_job
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 from llmrl.progress import job_progress
 from llmrl.run_directory import JsonlWriter, atomic_write_json, atomic_write_text, create_run_directory
@@ -34,30 +38,45 @@ from llmrl.tracking import DecisionLog, Tracker, ending, make_tracker
 
 
 def finetune(
-    *, config: FinetuneConfig, output: Path, policy: str | None = None, schedule: str | None = None
+    *,
+    config: FinetuneConfig,
+    output: Path,
+    policy: str | None = None,
+    schedule: str | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Runs the job and returns what `summary.json` holds.
 
     Args:
         config: The job.
-        output: Run directory, new or empty.
+        output: Run directory, new or empty unless `resume`.
         policy: Folder, Hub id, "default" or "hold".
         schedule: Name of a usual schedule; exactly one of the two.
+        resume: Go on from the newest checkpoint in the run directory, if there is one.
 
     Raises:
-        UserError: Bad input; nothing has been trained then.
+        UserError: Bad input, or a run directory or a checkpoint of another job; nothing has been trained then.
     """
     chosen, settings = choose_policy(config, policy, schedule)
     context = parallel_context()
     _check_shared(config.task, context)
     is_first = context.rank == 0
     if is_first:
-        create_run_directory(output)
+        _prepare(config, output, resume=resume)
+    checkpoints = _make_checkpoints(config, chosen, context, output, resume=resume)
+    saved = checkpoints.load() if resume and checkpoints is not None else None
+    if is_first:
         atomic_write_text(output / "config.yaml", config_to_yaml(config))
+    if is_first and resume:
+        told = (
+            f"after {saved.num_decisions} decisions" if saved is not None else "no checkpoint yet: from the beginning"
+        )
+        print_message("resumed", told, style="green")
     job = _load_job(config, context)
     with ending(make_tracker(config.tracking, "finetune", output, config.model_dump(mode="json"))) as tracker:
         recorder = _Recorder(output, chosen, job, tracker) if is_first else None
-        result = _run(config, job, chosen, settings, context, recorder, guarded=schedule is None)
+        guarded = schedule is None
+        result = _run(config, job, chosen, settings, context, recorder, checkpoints, saved, guarded=guarded)
         summary = summarise(config, chosen, _given_rate(config), result, _gather_digests(result, context))
         _save(config, job, output, context, is_first=is_first)
         if recorder is not None:
@@ -65,6 +84,52 @@ def finetune(
     if isinstance(context, AcceleratorContext):
         context.barrier()
     return summary
+
+
+def _prepare(config: FinetuneConfig, output: Path, *, resume: bool) -> None:
+    """Makes the run directory; one that is there already must be of the same job."""
+    create_run_directory(output, resume=resume)
+    path = output / "config.yaml"
+    if path.exists():
+        changed = differences(_what_is_trained(load_config("finetune", path, [])), _what_is_trained(config))
+        if changed:
+            raise UserError(
+                "the run directory belongs to another job",
+                where=str(path),
+                expected="the configuration that it was begun with, or another --output",
+                got="; ".join(changed),
+            )
+
+
+def _what_is_trained(config: FinetuneConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={"seed", "task", "learning_rate", "schedule"})
+
+
+def _make_checkpoints(
+    config: FinetuneConfig, policy: SchedulePolicy, context: ParallelContext, output: Path, *, resume: bool
+) -> JobCheckpoints | None:
+    """The job's checkpoints; None where its state cannot be written.
+
+    Raises:
+        UserError: It is to be resumed all the same.
+    """
+    if _is_sharded(context) and not can_checkpoint(context):
+        if resume:
+            raise UserError(
+                "a job under DeepSpeed cannot be resumed: its state is DeepSpeed's",
+                where="--resume",
+                expected="DDP or FSDP2, or the job from its beginning with another --output",
+                got="DeepSpeed",
+            )
+        print_message("note", "no checkpoints are written under DeepSpeed", style="yellow")
+        return None
+    device = context.device if isinstance(context, AcceleratorContext) else resolve_device(config.device)
+    identity = {
+        **_what_is_trained(config),
+        "steered_by": {"name": policy.name, "digest": policy.digest},
+        "device": device.type,
+    }
+    return JobCheckpoints(output, identity, context, config.checkpoint_period_decisions)
 
 
 def _check_shared(task: FineTuningTask, context: ParallelContext) -> None:
@@ -91,6 +156,8 @@ def _run(
     settings: ScheduleSettings | None,
     context: ParallelContext,
     recorder: _Recorder | None,
+    checkpoints: JobCheckpoints | None,
+    saved: JobState | None,
     *,
     guarded: bool,
 ) -> JobResult:
@@ -105,6 +172,8 @@ def _run(
             guarded=guarded,
             validate=True,
             on_decision=_announce(recorder, advance),
+            checkpoints=checkpoints,
+            saved=saved,
         )
 
 
@@ -205,6 +274,7 @@ class _Recorder:
         self._names = policy.spec.names
         self._actions = policy.table.names
         self._rows = JsonlWriter(output / "schedule.jsonl")
+        self._rows.truncate_to(0)  # the decisions of a checkpoint are told again
         self._log = DecisionLog(tracker, title=job.task.name, total_steps=job.task.steps)
         tracker.use_policy(policy.reference, policy.folder)
 

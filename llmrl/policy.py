@@ -7,6 +7,7 @@ level; it needs no folder. Nothing here unpickles anything.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -70,6 +71,18 @@ class SchedulePolicy:
     def name(self) -> str:
         """What tables call it."""
         return str(self.provenance.get("name", HOLD if self.network is None else "policy"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, shortened, of everything that decisions follow from: languages, schedule and network."""
+        languages = [self.table.hash, self.spec.hash, dataclasses.asdict(self.settings)]
+        found = hashlib.sha256(json.dumps(languages, sort_keys=True).encode())
+        if self.network is not None:
+            found.update(self.network.config.model_dump_json().encode())
+            for name, value in sorted(self.network.state_dict().items()):
+                found.update(name.encode())
+                found.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def act(self, observation: NDArray[np.float32], mask: NDArray[np.bool_]) -> PolicyDecision:
         """Greedy actions for observations float32[E, O] among those available in mask bool[E, A]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
@@ -16,6 +17,8 @@ from llmrl_envs.jobs.session import FineTuningSession
 from llmrl.compare.names import SCHEDULE_NAMES
 from llmrl.decisions import DecisionLoop, DecisionRecord, interval_record
 from llmrl.hosts.accelerate import AcceleratorContext
+from llmrl.hosts.checkpoints import JobCheckpoints
+from llmrl.hosts.job_state import JobState, records_state, restore_session, restored_records, session_state
 from llmrl.hosts.result import JobMeter, JobResult, count_events
 from llmrl.policy import SchedulePolicy
 
@@ -53,6 +56,8 @@ def run_job(
     validate: bool = False,
     curve_points: int = 0,
     on_decision: Callable[[DecisionRecord], None] | None = None,
+    checkpoints: JobCheckpoints | None = None,
+    saved: JobState | None = None,
 ) -> JobResult:
     """Fine-tunes to the end of the budget.
 
@@ -67,11 +72,15 @@ def run_job(
             are.
         validate: Measure the validation loss after every interval, for the record only: no policy sees it.
         curve_points: Points of a learning curve on the validation subset, for the record only; 0 measures none.
-        on_decision: Called after every interval.
+        on_decision: Called after every interval; for those that `saved` knows at once.
+        checkpoints: Written now and then; not beside a curve, which they would not hold.
+        saved: Of a checkpoint of the same job, which then goes on from there.
     """
+    if curve_points and checkpoints is not None:
+        raise ValueError(f"curve_points: expected 0 in a job with checkpoints, got {curve_points}")
     context = parallel or SingleProcess()
     session = FineTuningSession(job, seed=seed, parallel=context)
-    meter = JobMeter(session, curve_points)
+    meter = JobMeter(session, curve_points, None if saved is None else saved.values["meter"])
     loop = DecisionLoop(
         policy,
         total_steps=session.total_steps,
@@ -82,13 +91,31 @@ def run_job(
         guarded=guarded,
     )
     loop.begin(session.initial_statistics(), *session.initial_norms())
-    records: list[DecisionRecord] = []
+    tell = on_decision or (lambda _: None)
+    records = [] if saved is None else _resume(session, loop, saved)
+    for record in records:
+        tell(record)
     while loop.decisions_left:
         record = _run_decision(session, loop, meter, validate=validate)
         records.append(record)
-        if on_decision is not None:
-            on_decision(record)
+        tell(record)
+        if checkpoints is not None and checkpoints.due(len(records)):
+            checkpoints.save(len(records), _state(session, loop, meter, records))
     return meter.finish(count_events(records), records)
+
+
+def _state(session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, records: list[DecisionRecord]) -> JobState:
+    """A job between two intervals."""
+    state = session_state(session)
+    parts = {"loop": loop.state_dict(), "meter": meter.state_dict(), "records": records_state(records)}
+    return replace(state, values=state.values | parts)
+
+
+def _resume(session: FineTuningSession, loop: DecisionLoop, saved: JobState) -> list[DecisionRecord]:
+    """Takes a job to where its checkpoint was written; returns the records until then."""
+    restore_session(session, saved)
+    loop.load_state_dict(saved.values["loop"])
+    return restored_records(saved.values["records"])
 
 
 def _run_decision(session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, *, validate: bool) -> DecisionRecord:

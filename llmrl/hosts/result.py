@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.jobs.passes import Evaluation
@@ -12,6 +13,7 @@ from llmrl_envs.jobs.session import FineTuningSession
 
 from llmrl.decisions import DecisionRecord
 from llmrl.hosts.curve import CurvePoint, CurveRecorder
+from llmrl.hosts.job_state import evaluation_state, restored_evaluation
 from llmrl.hosts.memory import PeakMemory
 
 
@@ -56,16 +58,27 @@ class JobMeter:
     Args:
         session: The job, before its first step.
         curve_points: Points of a learning curve, for the record only; 0 measures none.
+        measured: What `state_dict` gave before the job was interrupted.
     """
 
-    def __init__(self, session: FineTuningSession, curve_points: int) -> None:
+    def __init__(
+        self, session: FineTuningSession, curve_points: int, measured: Mapping[str, Any] | None = None
+    ) -> None:
         self._session = session
         self._memory = PeakMemory(session.job.device)
-        self._initial = session.evaluate("test")
+        self._initial = session.evaluate("test") if measured is None else restored_evaluation(measured["initial"])
         self._curve = CurveRecorder(session, curve_points)
-        self._tokens_evaluated = 0
-        self._began = time.perf_counter()
+        self._tokens_evaluated = 0 if measured is None else int(measured["tokens_evaluated"])
+        self._began = time.perf_counter() - (0.0 if measured is None else float(measured["seconds"]))
         self._curve.begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, without a curve: JSON values and arrays."""
+        return {
+            "initial": evaluation_state(self._initial),
+            "tokens_evaluated": self._tokens_evaluated,
+            "seconds": time.perf_counter() - self._began,
+        }
 
     def evaluate(self) -> float:
         """Loss on the validation subset, counted as a cost of the job."""

@@ -22,7 +22,8 @@ class Generators:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
+        self._known = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
+        self._own = list(self._known)
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -32,7 +33,7 @@ class Generators:
 
     def begin_step(self) -> None:
         """Call before a step's first forward pass."""
-        self._before = self.states()
+        self._before = {name: self._state(name) for name in self._own}
 
     def end_step(self) -> None:
         """Call after a step's last forward pass: what it left alone is not the job's."""
@@ -42,14 +43,14 @@ class Generators:
         self._before = {}
 
     def states(self) -> dict[str, Tensor]:
-        """States of the job's own generators, uint8, on the CPU."""
-        return {name: self._state(name) for name in self._own}
+        """States of all generators, the job's own or not, uint8, on the CPU: the same names in every process."""
+        return {name: self._state(name) for name in self._known}
 
     def restore(self, states: Mapping[str, Tensor]) -> None:
         """Turns the job's own generators back."""
         for name in self._own:
             if name in states:
-                self._set(name, states[name].cpu())
+                self._set(name, states[name].cpu().clone())  # torch 2.13 crashes on a view with an offset
 
     def keep(self, names: Sequence[str]) -> None:
         """Takes only these as the job's own, as `own` told before the job was interrupted."""

@@ -37,10 +37,11 @@ from llmrl.live.optimizers import (
 )
 from llmrl.live.parameters import SteeredParameters, find_parameters, reshard
 from llmrl.live.processes import Processes
-from llmrl.live.snapshots import Snapshot
+from llmrl.live.snapshots import Snapshot, restore_state, state_tensors
 from llmrl.policy import SchedulePolicy
 
 _LOGGER = logging.getLogger("llmrl")
+_PRESENT, _BEST = "present.", "best."
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,9 @@ class LiveJob:
         )
         update = self.loop.observe(statistics)
         if update.at_best[0] and self._keeps_snapshots:
-            self._snapshot.take(self._parameters, self._optimizer, self._generators.states())
+            # Everyone's, because a checkpoint may be written by the first process for all.
+            states = {name: self._processes.gather(state) for name, state in self._generators.states().items()}
+            self._snapshot.take(self._parameters, self._optimizer, states)
             self.loop.schedule.has_snapshot[:] = True
         rescued = bool(update.fell_back[0]) and self._snapshot.taken
         if rescued:
@@ -280,7 +283,9 @@ class LiveJob:
 
     def _roll_back(self) -> None:
         reshard(self._model)
-        self._generators.restore(self._snapshot.restore(self._parameters, self._optimizer))
+        states = self._snapshot.restore(self._parameters, self._optimizer)
+        rank = self._processes.rank
+        self._generators.restore({name: everyone[rank] for name, everyone in states.items() if rank < len(everyone)})
 
     def _decide(self) -> None:
         self._decision = self.loop.decide()
@@ -331,6 +336,27 @@ class LiveJob:
             state["snapshot"] = {name: tensor.cpu() for name, tensor in self._snapshot.tensors().items()}
         return state
 
+    def share(self) -> dict[str, Tensor]:
+        """This process's part of the weights, of the optimizer's state and of the best snapshot, not copied.
+
+        For hosts whose processes write a checkpoint each for themselves, before the next step.
+        """
+        share = {_PRESENT + name: t for name, t in state_tensors(self._parameters, self._optimizer).items()}
+        if self._snapshot.taken:
+            share |= {_BEST + name: tensor for name, tensor in self._snapshot.tensors().items()}
+        return share
+
+    def load_share(self, share: Mapping[str, Tensor]) -> None:
+        """Restores what `share` gave; call before `load_state_dict`."""
+        reshard(self._model)
+        parts = {
+            prefix: {name.removeprefix(prefix): t for name, t in share.items() if name.startswith(prefix)}
+            for prefix in (_PRESENT, _BEST)
+        }
+        restore_state(parts[_PRESENT], self._parameters, self._optimizer)
+        if parts[_BEST] and self._keeps_snapshots:
+            self._snapshot.put(parts[_BEST])
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave, and sets the rates of the step that comes next.
 
@@ -361,8 +387,7 @@ class LiveJob:
         self.set_rates()
 
     def _policy_digest(self) -> str:
-        policy = self.loop.policy
-        return f"{policy.name} {policy.table.hash} {policy.spec.hash}"
+        return f"{self.loop.policy.name} {self.loop.policy.digest}"
 
 
 def _to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:

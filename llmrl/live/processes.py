@@ -36,6 +36,15 @@ class Processes:
         """Elementwise mean over the processes, the same bits on each."""
         return self.sum(tensor) / self.world_size if self.world_size > 1 else tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Everyone's tensor [P, ..], by rank; on the device that the own one is on."""
+        if self.world_size == 1:
+            return tensor[None]
+        own = tensor.to(self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        return torch.stack(gathered).to(tensor.device)
+
     def agree(self, action: int) -> int:
         """The first process's action, on every process."""
         if self.world_size == 1:

@@ -16,25 +16,33 @@ SnapshotPlace = Literal["auto", "memory", "disk", "off"]
 _SEPARATOR = "|"
 
 
-@torch.no_grad()
-def copy_state(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies parameters ("NAME") and their optimizer state ("NAME|KEY"), numbers as float64 scalars."""
-    copied: dict[str, Tensor] = {}
+def state_tensors(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters ("NAME") and their optimizer state ("NAME|KEY"), not copied; numbers as float64 scalars."""
+    found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        copied[name] = local_shard(parameter.detach()).clone()
+        found[name] = local_shard(parameter.detach())
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                copied[name + _SEPARATOR + key] = local_shard(value.detach()).clone()
+                found[name + _SEPARATOR + key] = local_shard(value.detach())
             elif isinstance(value, (int, float)):
-                copied[name + _SEPARATOR + key] = torch.tensor(value, dtype=torch.float64)
-    return copied
+                found[name + _SEPARATOR + key] = torch.tensor(value, dtype=torch.float64)
+    return found
+
+
+@torch.no_grad()
+def copy_state(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies what `state_tensors` gives."""
+    return {name: tensor.clone() for name, tensor in state_tensors(parameters, optimizer).items()}
 
 
 @torch.no_grad()
 def restore_state(
     copied: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Copies back what `copy_state` gave; state that a parameter did not have then is dropped."""
+    """Copies back what `copy_state` gave; state that a parameter did not have then is dropped.
+
+    In a job that was resumed the optimizer is new and has no state, and the copy may lie on another device.
+    """
     for name, parameter in parameters.items():
         local_shard(parameter.detach()).copy_(copied[name])
         prefix = name + _SEPARATOR
@@ -44,11 +52,13 @@ def restore_state(
             continue
         state = optimizer.state[parameter]
         for key, value in saved.items():
-            _put(state, key, value)
+            _put(state, key, value, parameter)
 
 
-def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
+def _put(state: dict[str, Any], key: str, value: Tensor, parameter: Parameter) -> None:
     present = state.get(key)
+    if present is None and value.ndim and value.shape == local_shard(parameter.detach()).shape:
+        present = state[key] = torch.zeros_like(parameter, dtype=value.dtype)  # sharded as the parameter is
     if isinstance(present, Tensor):
         local_shard(present).copy_(value)
     elif isinstance(present, (int, float)):
@@ -72,7 +82,13 @@ class Snapshot:
     def take(
         self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, random_state: Mapping[str, Tensor]
     ) -> None:
-        """Keeps the present state in place of the one before; generator states go by the name of their device."""
+        """Keeps the present state in place of the one before.
+
+        Args:
+            parameters: By name.
+            optimizer: Theirs.
+            random_state: Generator states of all processes, uint8[P, ..], by the name of their device.
+        """
         generators = {_SEPARATOR + name: state for name, state in random_state.items()}
         self.put(copy_state(parameters, optimizer) | generators)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmrl_envs.errors import UserError
 from safetensors.numpy import load_file, save_file
 
 from llmrl.run_directory import atomic_write_json
@@ -84,6 +85,22 @@ def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def newest_whole_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint; None when there is none.
+
+    Raises:
+        UserError: It is damaged. One that a kill interrupted does not count, so somebody or the disk changed it.
+    """
+    numbered = _numbered(directory)
+    if not numbered:
+        return None
+    if damage := find_damage(numbered[-1]):
+        before = [path for path in numbered[:-1] if is_whole(path)]
+        way_out = f"without this folder, --resume goes on from {before[-1].name}" if before else "another --output"
+        raise UserError("the checkpoint is damaged", where=str(numbered[-1]), got=damage, expected=way_out)
+    return numbered[-1]
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The state that a whole checkpoint holds."""
     values: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -94,13 +111,29 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def is_whole(path: Path) -> bool:
     """Whether every file of a checkpoint is as its manifest says."""
+    return find_damage(path) is None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file is as its manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] != FORMAT_VERSION:
-            return False
-        return all(_fingerprint(path / name) == expected for name, expected in manifest["files"].items())
+            return f"{MANIFEST} of format {manifest['format_version']}, not {FORMAT_VERSION}"
+        files = {STATE: None} | manifest["files"]
+        return next((told for name, kept in files.items() if (told := _damage(path / name, kept))), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return f"no readable {MANIFEST}"
+
+
+def _damage(file: Path, kept: dict[str, Any] | None) -> str | None:
+    if not file.is_file():
+        return f"no {file.name}"
+    found = _fingerprint(file)
+    if found == kept:
+        return None
+    told = f"{found['bytes']} bytes" if kept is None or found["bytes"] != kept["bytes"] else "other bytes"
+    return f"{file.name} with {told}, not as it was written"
 
 
 def _numbered(directory: Path) -> list[Path]:

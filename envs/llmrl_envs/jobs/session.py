@@ -27,7 +27,7 @@ from llmrl_envs.jobs.optimizer import build_optimizer, low_rank_pairs
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.passes import Evaluation, JobPasses, nan_unless_finite
 from llmrl_envs.jobs.precision import Precision
-from llmrl_envs.jobs.snapshot import SessionSnapshot, restore_snapshot, take_snapshot
+from llmrl_envs.jobs.snapshot import SessionSnapshot, present_tensors, restore_snapshot, take_snapshot
 
 LEVEL_NORMS = ("effective", "adapters")
 
@@ -227,11 +227,20 @@ class FineTuningSession:
 
     def snapshot(self) -> SessionSnapshot:
         """Everything that the job's future depends on; continuing after `restore` equals never having left."""
-        return replace(self._present_state(), best=self._best)
+        return replace(self._copied_state(), best=self._best)
 
-    def _present_state(self) -> SessionSnapshot:
+    def present_state(self) -> SessionSnapshot:
+        """What `snapshot` gives, not copied: to be written to a file before the next step changes it."""
+        self._check_can_snapshot()
+        tensors = present_tensors(self._parameters, self.optimizer, self._average)
+        return SessionSnapshot(tensors, self._position(), self._random_state, self._best)
+
+    def _check_can_snapshot(self) -> None:
         if not self._can_snapshot:
             raise ValueError("snapshot: expected a session with its own AdamW, got another optimizer's")
+
+    def _copied_state(self) -> SessionSnapshot:
+        self._check_can_snapshot()
         return take_snapshot(self._parameters, self.optimizer, self._average, self._position(), self._random_state)
 
     def restore(self, snapshot: SessionSnapshot, *, rewind: bool = True) -> None:
@@ -254,7 +263,7 @@ class FineTuningSession:
 
     def mark_best(self) -> None:
         """Keeps the present state as the one that `roll_back` returns to."""
-        self._best = self._present_state()
+        self._best = self._copied_state()
 
     def roll_back(self) -> None:
         """Takes weights, moments and generators back to the best state; data and budget move on."""

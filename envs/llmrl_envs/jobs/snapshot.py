@@ -29,7 +29,6 @@ class SessionSnapshot:
     best: SessionSnapshot | None = None
 
 
-@torch.no_grad()
 def take_snapshot(
     parameters: Mapping[str, Parameter],
     optimizer: torch.optim.Optimizer,
@@ -38,13 +37,20 @@ def take_snapshot(
     random_state: Mapping[str, Tensor],
 ) -> SessionSnapshot:
     """Copies a job's state; later training does not change the copy."""
-    tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        tensors |= {f"{moment}.{name}": state[moment].clone() for moment in _MOMENTS if moment in state}
-    tensors |= {f"average.{index}": value.clone() for index, value in enumerate(average)}
+    tensors = {name: tensor.clone() for name, tensor in present_tensors(parameters, optimizer, average).items()}
     states = {name: state.clone() for name, state in random_state.items()}
     return SessionSnapshot(tensors, dict(position), states)
+
+
+def present_tensors(
+    parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, average: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a job's state themselves, which later training changes."""
+    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"{moment}.{name}": state[moment].detach() for moment in _MOMENTS if moment in state}
+    return tensors | {f"average.{index}": value for index, value in enumerate(average)}
 
 
 @torch.no_grad()
@@ -54,7 +60,11 @@ def restore_snapshot(
     optimizer: torch.optim.Optimizer,
     average: Sequence[Tensor],
 ) -> dict[str, float]:
-    """Copies a snapshot back into the parameters, the optimizer and the averaged weights; returns its position."""
+    """Copies a snapshot back into the parameters, the optimizer and the averaged weights; returns its position.
+
+    It may lie on another device, as one does that was read from a file.
+    """
+    counts_on_device = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, parameter in parameters.items():
         parameter.copy_(snapshot.tensors[f"parameter.{name}"])
         parameter.grad = None
@@ -66,8 +76,10 @@ def restore_snapshot(
             saved = snapshot.tensors[f"{moment}.{name}"]
             if moment in state:
                 state[moment].copy_(saved)
-            else:
+            elif moment == "step" and not counts_on_device:
                 state[moment] = saved.clone()
+            else:
+                state[moment] = saved.to(parameter.device, copy=True)
     for index, value in enumerate(average):
         value.copy_(snapshot.tensors[f"average.{index}"])
     return snapshot.position

@@ -146,6 +146,19 @@ def test_what_a_shared_out_model_cannot_do_is_told_before_it_is_loaded(tmp_path,
         check_sharded_task(make_task(tmp_path, task), context)
 
 
+def test_under_deepspeed_no_checkpoints_are_written_and_resuming_is_refused(tmp_path, capsys):
+    from llmrl.config import FinetuneConfig
+    from llmrl.finetune import _make_checkpoints
+    from llmrl.policy import hold_policy
+
+    context = AcceleratorContext(DeepSpeedLike({"zero_optimization": {"stage": 2}}))
+    config = FinetuneConfig(task=make_task(tmp_path, {}))
+    assert _make_checkpoints(config, hold_policy(), context, tmp_path, resume=False) is None
+    assert "no checkpoints" in capsys.readouterr().err
+    with pytest.raises(UserError, match="DeepSpeed cannot be resumed"):
+        _make_checkpoints(config, hold_policy(), context, tmp_path, resume=True)
+
+
 # -- the program ----------------------------------------------------------------------------------------------------
 
 
