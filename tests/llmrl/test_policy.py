@@ -61,6 +61,17 @@ def test_saving_the_same_policy_twice_gives_the_same_bytes(folder: Path, tmp_pat
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_a_digest_tells_policies_of_one_name_apart(folder: Path) -> None:
+    saved, loaded, other = make_policy(), SchedulePolicy.from_pretrained(folder), make_policy()
+    assert loaded.digest == saved.digest == other.digest
+    assert other.network is not None
+    with torch.no_grad():
+        next(other.network.parameters())[0] += 1e-3
+    assert other.digest != saved.digest
+    later = SchedulePolicy(TABLE, SPEC, ScheduleSettings(rollbacks=2), saved.network, saved.provenance)
+    assert later.digest != saved.digest
+
+
 def test_masked_actions_are_never_taken() -> None:
     observation = np.random.default_rng(1).normal(size=(64, SPEC.size)).astype(np.float32)
     mask = np.zeros((64, TABLE.num_actions), np.bool_)

@@ -85,6 +85,13 @@ def test_a_checkpoint_of_another_length_is_refused(whole, make_trainer, scripted
         other.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-12")
 
 
+def test_a_checkpoint_under_another_policy_is_refused(whole, make_trainer):
+    trainer, _, _ = whole
+    other = make_trainer([ScheduleCallback("default")], folder="other")
+    with pytest.raises(UserError, match="steered differently"):
+        other.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-12")
+
+
 class Kill(TrainerCallback):
     """Ends the process as a power cut would."""
 
