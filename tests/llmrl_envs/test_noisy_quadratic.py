@@ -38,7 +38,7 @@ def play(env: gymnasium.Env, seed: int, choose) -> tuple[list[float], dict]:
     return rewards, info
 
 
-@pytest.mark.parametrize("actions", ["factors", "moves", "moves_only", "levels", "joint"])
+@pytest.mark.parametrize("actions", ["factors", "moves", "moves_only", "careful", "levels", "joint"])
 def test_check_env_without_warning(actions: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
