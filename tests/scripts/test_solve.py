@@ -39,6 +39,30 @@ def test_the_rate_decays_over_the_run_for_another_replay_ratio_too(scripts):
     assert settings_of(problem, 1_000, given)["learning_rate_decay_steps"] == 7
 
 
+def test_seeds_count_from_the_first_one(scripts, tmp_path, monkeypatch):
+    from solve import main
+
+    output = tmp_path / "grid.json"
+    arguments = ["GridWorld", "--steps", "120", "--seeds", "2", "--first-seed", "10", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["solve.py", *arguments])
+    main()
+    report = json.loads(output.read_text())
+    assert [seed["seed"] for seed in report["seeds"]] == [10, 11]
+    assert report["returns"] == [seed["return"] for seed in report["seeds"]]
+
+
+def test_noisy_quadratics_are_compared_with_holding_the_default_level(scripts, monkeypatch):
+    import known_optima
+    from problems import problem_of
+    from solve import new_agent
+
+    monkeypatch.setattr(known_optima, "NUM_JOBS", 4)
+    agent, _ = new_agent(problem_of("NoisyQuadratic"), 1_000, 0, {})
+    details = known_optima.noisy_quadratic_details(agent, 1_000)
+    assert 1.0 < details["loss_over_optimal_hold_median"] < 1.2
+    assert details["loss_over_optimal_agent_median"] > 1.0
+
+
 @pytest.mark.parametrize("env", ["GridWorld", "CartPole-v1", "NoisyQuadratic"])
 def test_every_row_of_an_ablation_changes_the_agent(scripts, env):
     from ablate_dqn import base_changes, rows
