@@ -108,7 +108,7 @@ class EnvConfig(Settings):
         groups: Jobs of a population that share task, given rate, seed and data order; the first of each group holds.
         tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere. Other keys that an environment
             does not read are refused as well.
-        actions: Name of the action table: moves, moves_only, levels, factors.
+        actions: Name of the action table: moves, moves_only, careful, joint, levels, factors.
         observation: What the policy sees.
         reward: How the reward is made.
         schedule: What an action changes.

@@ -254,6 +254,11 @@ class DecisionLoop:
         """Learning rate of the optimizer step with index `step`."""
         return float(self.schedule.learning_rate(np.array([step]))[0])
 
+    def learning_rates(self, step: int) -> list[float]:
+        """Learning rates of the interval that the latest decision opened, whose first step has the index `step`."""
+        rates: list[float] = self.schedule.learning_rate(np.arange(step, step + self.interval)).tolist()
+        return rates
+
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
         """Everything that changes, as arrays."""
         own: dict[str, NDArray[np.generic]] = {"num_decisions": np.array([self._num_decisions])}

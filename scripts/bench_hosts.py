@@ -3,12 +3,12 @@
     python scripts/bench_hosts.py --quick --output hosts.json
     python scripts/bench_hosts.py --models path/of/a/causal/model --output hosts.json
 
-Time: two Trainers, each in its thread, take blocks of ten optimizer steps in turn; with 400 steps in the budget a block
-holds one decision. A steered block is divided by the mean of two plain ones beside it, in wall time and in the thread's
-CPU time, which neighbours disturb less. The same Trainer made twice differs by per cents for as long as it lives, by
-where its tensors lie; so both are made anew in every round, the other one first, and intervals are over rounds. `own`
-is the CPU time of a block over what it would be without the callback's hooks: it needs no pair, and leaves out what the
-hooks do to others (caches).
+Time: two Trainers, each in its thread, take optimizer steps in turn, and ten of each side are compared; with 400 steps
+in the budget they hold one decision. They are compared in wall time and in the thread's CPU time, which neighbours
+disturb less. Two models of one kind differ by per cents for as long as they live, by where their tensors lie; so both
+Trainers train one model with one optimizer, and every round makes them anew and begins with the other. Intervals are
+over rounds. `own` is the CPU time of a block over what it would be without the callback's hooks: it needs no pair, and
+leaves out what the hooks do to others (caches).
 
 Memory: each variant alone in a fresh process, its peak; no snapshots are kept (the policy holds). Models are built from
 random configurations of 3 and 22 million parameters unless a path is given; batches are 8 x 128 random tokens.
@@ -44,6 +44,7 @@ from transformers import (
 from llmrl import ScheduleCallback
 
 BLOCK_STEPS, BUDGET_STEPS, UNTIMED_BLOCKS, RESAMPLES = 10, 400, 2, 2000
+LONGEST_START_SECONDS = 120.0
 MODELS = {
     "3M": LlamaConfig(
         vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
@@ -57,40 +58,44 @@ MODELS = {
 
 
 class Turns(TrainerCallback):
-    """Lets two Trainers go on in turn, a block at a time, and times the blocks.
+    """Lets two Trainers go on in turn, a step at a time, and times blocks of their steps.
 
     Attributes:
         blocks: Wall and CPU seconds of each block, and those of its CPU seconds that were spent in `Timed` hooks.
+        arrived: Training is about to begin.
     """
 
     def __init__(self, mine: threading.Semaphore, others: threading.Semaphore, num_blocks: int) -> None:
         self._mine, self._others, self._num_blocks = mine, others, num_blocks
-        self.blocks: list[tuple[float, float, float]] = []
+        self.blocks: list[NDArray[np.float64]] = []
+        self.arrived = threading.Event()
         self.steering: Timed | None = None
-        self._began = (0.0, 0.0, 0.0)
+        self._began = self._spent = np.zeros(3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Waits for the first turn."""
-        self._mine.acquire()
-        self._began = self._now()
+        self.arrived.set()
+        self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """At a block's end, hands over and waits."""
-        if state.global_step % BLOCK_STEPS:
-            return
+        """Hands over and waits."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        wall, cpu, own = (now - then for now, then in zip(self._now(), self._began, strict=True))
-        self.blocks.append((wall, cpu, own))
+        self._spent = self._spent + self._now() - self._began
+        if state.global_step % BLOCK_STEPS == 0:
+            self.blocks.append(self._spent)
+            self._spent = np.zeros(3)
+        control.should_training_stop = len(self.blocks) == self._num_blocks
         self._others.release()
-        if len(self.blocks) == self._num_blocks:
-            control.should_training_stop = True
-            return
+        if not control.should_training_stop:
+            self._wait()
+
+    def _wait(self) -> None:
         self._mine.acquire()
         self._began = self._now()
 
-    def _now(self) -> tuple[float, float, float]:
-        return time.perf_counter(), time.thread_time(), self.steering.seconds if self.steering else 0.0
+    def _now(self) -> NDArray[np.float64]:
+        return np.array([time.perf_counter(), time.thread_time(), self.steering.seconds if self.steering else 0.0])
 
 
 class Timed(ScheduleCallback):
@@ -126,9 +131,10 @@ def build_model(name: str) -> Any:
     return LlamaForCausalLM(MODELS[name]) if name in MODELS else AutoModelForCausalLM.from_pretrained(name)
 
 
-def make_trainer(name: str, *, callbacks: list[TrainerCallback], folder: str) -> Trainer:
+def make_trainer(
+    model: Any, *, callbacks: list[TrainerCallback], folder: str, optimizer: torch.optim.Optimizer | None = None
+) -> Trainer:
     """The job."""
-    model = build_model(name)
     rows = torch.randint(0, model.config.vocab_size, (512, 128), generator=torch.Generator().manual_seed(0))
     return Trainer(
         model=model,
@@ -144,6 +150,7 @@ def make_trainer(name: str, *, callbacks: list[TrainerCallback], folder: str) ->
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         callbacks=callbacks,
+        optimizers=(optimizer, None),
     )
 
 
@@ -161,23 +168,29 @@ def measure_time(name: str, num_pairs: int, num_rounds: int) -> list[dict[str, A
 def measure_round(
     name: str, num_pairs: int, *, steered_first: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # [N, 3] each: wall, CPU, own CPU
-    """Two Trainers, made anew, in turn; a steered block, and the mean of the plain ones on both sides of it."""
-    locks = threading.Semaphore(1), threading.Semaphore(0)
-    # One block more of whoever begins; of the plain ones one more than of the steered ones is needed.
-    plain, steered = (Turns(locks[i], locks[1 - i], UNTIMED_BLOCKS + num_pairs + 1) for i in (0, 1))
+    """Two Trainers of one model and one optimizer, made anew, in turn; plain blocks and the steered ones among them."""
+    locks = threading.Semaphore(0), threading.Semaphore(0)
+    plain, steered = (Turns(locks[i], locks[1 - i], UNTIMED_BLOCKS + num_pairs) for i in (0, 1))
     steered.steering = Timed("hold")
+    model = build_model(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    variants: list[tuple[Turns, list[TrainerCallback]]] = [
+        (plain, [plain]),
+        (steered, [steered.steering, steered]),  # the clock stops last
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        variants: list[list[TrainerCallback]] = [[plain], [steered.steering, steered]]  # the clock stops last
-        made = [
-            make_trainer(name, callbacks=callbacks, folder=folder) for callbacks in variants[:: 1 - 2 * steered_first]
-        ]
-        threads = [threading.Thread(target=trainer.train) for trainer in made]
-        for thread in threads:
-            thread.start()
+        threads = []
+        for turns, callbacks in variants[:: 1 - 2 * steered_first]:
+            trainer = make_trainer(model, callbacks=callbacks, folder=folder, optimizer=optimizer)
+            threads.append(threading.Thread(target=trainer.train, daemon=True))
+            threads[-1].start()
+            if not turns.arrived.wait(LONGEST_START_SECONDS):  # it prepares the model, which must not be in a step then
+                raise RuntimeError("training: expected it to begin, got an error or no answer")
+        locks[int(steered_first)].release()
         for thread in threads:
             thread.join()
-    without, within = (np.array(turns.blocks[UNTIMED_BLOCKS:]) for turns in (plain, steered))  # [N + 1, 3]
-    return (without[:-1] + without[1:]) / 2, within[:-1]
+    without, within = (np.array(turns.blocks[UNTIMED_BLOCKS:]) for turns in (plain, steered))  # [N, 3]
+    return without, within
 
 
 def compare(rounds: list[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> dict[str, Any]:
@@ -224,7 +237,7 @@ def peak_memory(name: str, variant: str) -> None:
     peak = Peak()
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [ScheduleCallback("hold"), peak] if variant == "steered" else [peak]
-        make_trainer(name, callbacks=callbacks, folder=folder).train()
+        make_trainer(build_model(name), callbacks=callbacks, folder=folder).train()
     print(json.dumps(peak.bytes))
 
 

@@ -16,7 +16,7 @@ prepare_environment ""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 run=runs/quickstart
-llmrl train --config configs/train/quickstart.yaml --output "$run" --resume
+llmrl train --config configs/train/groups.yaml --output "$run" --resume
 
 rm -rf "$run/finetune" "$run/compare"
 llmrl finetune --config configs/finetune/quickstart.yaml --policy "$run/policy" --output "$run/finetune"

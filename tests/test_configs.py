@@ -56,8 +56,9 @@ def test_there_is_a_launcher_configuration_for_each_situation() -> None:
     assert len(LAUNCHERS) == 5
 
 
-def test_the_quickstart_trains_on_no_task_that_it_is_compared_on() -> None:
-    trained = load_config("train", ROOT / "configs/train/quickstart.yaml").env.tasks
+@pytest.mark.parametrize("name", ["quickstart", "groups"])
+def test_the_quickstart_trains_on_no_task_that_it_is_compared_on(name: str) -> None:
+    trained = load_config("train", ROOT / f"configs/train/{name}.yaml").env.tasks
     compared = load_config("compare", ROOT / "configs/compare/quickstart.yaml").tasks
     finetuned = load_config("finetune", ROOT / "configs/finetune/quickstart.yaml").task
     assert trained is not None
@@ -65,8 +66,9 @@ def test_the_quickstart_trains_on_no_task_that_it_is_compared_on() -> None:
     assert seen.isdisjoint({task.data.train for task in (*compared, finetuned)})
 
 
-def test_the_default_action_of_the_quickstart_is_to_hold() -> None:
-    config = load_config("train", ROOT / "configs/train/quickstart.yaml")
+@pytest.mark.parametrize("name", ["quickstart", "groups"])
+def test_the_default_action_of_the_quickstart_is_to_hold(name: str) -> None:
+    config = load_config("train", ROOT / f"configs/train/{name}.yaml")
     assert config.agent.default_action == action_table(config.env.actions).hold
 
 

@@ -125,8 +125,9 @@ class LiveJob:
         self._generators = Generators(device)
         self.step = options.first_step
         self._done = 0
-        self._active: list[Parameter] = []
-        self._known_rate = (-1, -1, 0.0)
+        self._active: list[Parameter] = []  # only in the interval's last step
+        self._interval_rates: list[float]
+        self._limit: float
         self._decision: Decision
         self._begin(int(found.mode), found.trainable_fraction)
         if self._processes.rank == 0:
@@ -158,6 +159,7 @@ class LiveJob:
             multipliers=self._rates.multipliers,
             source=self._source,
             sum_shards=self._processes.sum if sharded else None,
+            flat_vectors=found.flat_vectors,
         )
 
     def _begin(self, mode: int, trainable_fraction: float) -> None:
@@ -183,7 +185,7 @@ class LiveJob:
     @property
     def clipping_norm(self) -> float:
         """Norm that the next step's gradients are clipped to."""
-        return self._options.max_grad_norm * float(self.loop.schedule.clipping_factor()[0])
+        return self._limit
 
     def rates(self) -> list[float]:
         """The groups' rates of the next step."""
@@ -227,19 +229,19 @@ class LiveJob:
         loss = self._processes.mean(self._scalar(loss))
         norm = None if gradient_norm is None else self._scalar(gradient_norm)
         late = self.capabilities.distribution is Distribution.DEEPSPEED
-        self._active = [p for p in self._parameters.values() if late or p.grad is not None]
-        probe, rate = self._done == self.loop.interval - 1, self._rate()
-        self._recorder.before_update(self._active, probe=probe, learning_rate=rate)
-        self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=self.clipping_norm)
+        rate = self._rate()
+        if self._done == self.loop.interval - 1:
+            self._active = [p for p in self._parameters.values() if late or p.grad is not None]
+            self._recorder.before_update(self._active, probe=True, learning_rate=rate)
+        finite = self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=self.clipping_norm)
         if not late:
-            finite = torch.isfinite(loss) if norm is None else torch.isfinite(loss) & torch.isfinite(norm)
             scaled = getattr(self._accelerator, "scaler", None) is not None
-            skip_unless(finite, self._optimizer, self._active, scaled=scaled)
+            skip_unless(finite, self._optimizer, self._parameters.values(), scaled=scaled)
             self.set_rates()
 
     def measure_update(self) -> None:
         """Measures what the optimizer did; `after_step` does it where the host did not ask for it earlier."""
-        self._recorder.after_update(self._active, probe=bool(self._active) and self._done == self.loop.interval - 1)
+        self._recorder.after_update(self._active, probe=bool(self._active))
         self._active = []
 
     def after_step(self) -> None:
@@ -257,7 +259,7 @@ class LiveJob:
             self._generators.begin_step()
 
     def _close_interval(self) -> None:
-        rate = self.loop.learning_rate(self.step - 1)
+        rate = self._interval_rates[-1]
         statistics = self._recorder.collect(
             step=self.step, total_steps=self._options.total_steps, reduce=self._processes.mean
         )
@@ -287,14 +289,16 @@ class LiveJob:
 
     def _decide(self) -> None:
         self._decision = self.loop.decide()
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Works out what the steps of the decision's interval are asked for several times each."""
+        self._interval_rates = self.loop.learning_rates(self.step - self._done)
+        self._limit = self._options.max_grad_norm * float(self.loop.schedule.clipping_factor()[0])
 
     def _rate(self) -> float:
-        """The next step's common rate: asked for five times a step, it changes with step and decision alone."""
-        step, index, rate = self._known_rate
-        if (step, index) != (self.step, self._decision.index):
-            rate = 0.0 if self.finished else self.loop.learning_rate(self.step)
-            self._known_rate = (self.step, self._decision.index, rate)
-        return rate
+        """The next step's common rate."""
+        return 0.0 if self.finished else self._interval_rates[self._done]
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         device = self._processes.device
@@ -376,7 +380,7 @@ class LiveJob:
         decision = state["decision"]
         arrays = _to_arrays(decision["arrays"])
         self._decision = Decision(**{k: v for k, v in decision.items() if k != "arrays"}, **arrays)
-        self._known_rate = (-1, -1, 0.0)
+        self._look_ahead()
         if "snapshot" in state and self._keeps_snapshots:
             self._snapshot.put({name: t.to(self._processes.device) for name, t in state["snapshot"].items()})
         self.loop.schedule.has_snapshot[:] = self._snapshot.taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -151,7 +151,9 @@ class RateSetter:
                 group["lr"] = value
 
 
-def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer, active: Sequence[Parameter], *, scaled: bool) -> None:
+def skip_unless(
+    finite: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *, scaled: bool
+) -> None:
     """Makes the next step of the optimizer do nothing where `finite`, a scalar on the device, is false.
 
     With a fused optimizer the device decides and nothing waits for it; otherwise the gradients are dropped.
@@ -159,13 +161,13 @@ def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer, active: Sequen
     Args:
         finite: Whether the step may be taken.
         optimizer: The innermost one.
-        active: Parameters that have gradients.
+        parameters: Those that the step would change.
         scaled: A loss scaler takes the step, and sets its own flags.
     """
     if not scaled and all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
     elif not bool(finite):
-        for parameter in active:
+        for parameter in parameters:
             parameter.grad = None
 
 

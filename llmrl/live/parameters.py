@@ -29,6 +29,7 @@ class SteeredParameters:
         trainable_fraction: Trained parameters over all parameters.
         pairs: LoRA adapters.
         device: Where they are.
+        flat_vectors: Trained vectors of the model that `by_name` holds within flat partitions.
     """
 
     by_name: Mapping[str, Parameter]
@@ -36,6 +37,7 @@ class SteeredParameters:
     trainable_fraction: float
     pairs: tuple[LowRankPair, ...]
     device: torch.device
+    flat_vectors: tuple[Parameter, ...] = ()
 
 
 def find_parameters(
@@ -58,7 +60,8 @@ def find_parameters(
     device = next(model.parameters()).device
     if distribution is Distribution.DEEPSPEED:
         flat = {held[id(p)]: p for g in optimizer.param_groups for p in g["params"]}
-        return SteeredParameters(flat, mode, fraction, (), device)
+        vectors = tuple(p for p in model.parameters() if p.requires_grad and p.ndim < 2)
+        return SteeredParameters(flat, mode, fraction, (), device, vectors)
     by_name = {name: p for name, p in named.items() if id(p) in held}
     if not by_name or (distribution is not Distribution.SINGLE and len(by_name) < len(held)):
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def decision_series(row: Row) -> dict[str, float]:
         values["action"] = actions.index(row["action"])
     values |= {f"q/{name}": value for name, value in (row.get("q_values") or {}).items()}
     for name, value in (row.get("observation") or {}).items():
-        if not _DERIVED_FEATURES.search(name):
+        if not _is_derived(name):
             values[f"observation/{name}"] = value
     events = dict.fromkeys(COUNTED_EVENTS, 0) | dict(row.get("events") or {})
     values |= {f"event_{name}": value for name, value in events.items()}
@@ -132,6 +133,12 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
+@lru_cache(maxsize=1024)
+def _is_derived(feature: str) -> bool:
+    return _DERIVED_FEATURES.search(feature) is not None
+
+
+@lru_cache(maxsize=1024)
 def _series_name(name: str) -> str:
     """W&B reads a dot as nesting, so no name has one."""
     return "llmrl/" + re.sub(r"[^\w/+-]", "_", name)

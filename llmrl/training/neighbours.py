@@ -139,14 +139,17 @@ class NeighbourLevels:
 
     def _tell(self, first: int, group: list[_Member]) -> None:
         """Passes a group's contrasts on, in the lanes in which they were seen."""
-        gains = {place: member.gain for place, member in zip(PLACES, group, strict=True) if member.way == 0}
-        unit = max(SMALLEST_UNIT, *gains.values())
+        measured = {place: member.gain for place, member in zip(PLACES, group, strict=True) if member.way == 0}
+        unit = max(SMALLEST_UNIT, *measured.values())
+        places = sorted(measured)
+        fitted = with_one_peak(np.array([max(measured[place], -unit) for place in places]))
+        gains = dict(zip(places, fitted.tolist(), strict=True))
         for offset, (place, member) in enumerate(zip(PLACES, group, strict=True)):
-            for sight in member.seen:
+            for sight in member.seen if place in gains else ():
                 for move in range(-FARTHEST, FARTHEST + 1):
                     action = self._action_of[move]
                     if place + move in gains and sight.mask[action]:
-                        self._store(first + offset, sight, action, (gains[place + move] - member.gain) / unit)
+                        self._store(first + offset, sight, action, (gains[place + move] - gains[place]) / unit)
 
     def _store(self, lane: int, sight: _Sight, action: int, gain: float) -> None:
         num_envs = len(self._members)
@@ -159,3 +162,25 @@ class NeighbourLevels:
         """Forgets what is under way."""
         self._members = [_Member(0) for _ in self._members]
         self._agent.end_episodes()
+
+
+def with_one_peak(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sequence nearest to `values` by least squares that rises to a peak and falls from there, float64[N].
+
+    Args:
+        values: float64[N], finite.
+    """
+    fits = [np.concatenate([_rising(values[:peak]), -_rising(-values[peak:])]) for peak in range(len(values) + 1)]
+    return min(fits, key=lambda fit: float(np.square(fit - values).sum()))
+
+
+def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest sequence that never falls: neighbours that do are pooled (Ayer et al. 1955), float64[N]."""
+    pools: list[tuple[float, int]] = []
+    for value in values.tolist():
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, size = pools.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return np.repeat([mean for mean, _ in pools], [count for _, count in pools])

@@ -38,7 +38,7 @@ def play(env: gymnasium.Env, seed: int, choose) -> tuple[list[float], dict]:
     return rewards, info
 
 
-@pytest.mark.parametrize("actions", ["factors", "moves", "moves_only", "levels", "joint"])
+@pytest.mark.parametrize("actions", ["factors", "moves", "moves_only", "careful", "levels", "joint"])
 def test_check_env_without_warning(actions: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -175,6 +175,18 @@ def test_rewards_equal_those_of_a_real_job() -> None:
         )
         assert reward == pytest.approx(expected)
     assert rollbacks > 0
+
+
+def test_a_job_that_is_measured_at_its_end_is_paid_the_same_there() -> None:
+    for rate_error in (0.0, 1.5):  # the second diverges with holding
+        distribution = {**SHORT, "log10_rate_error": (rate_error, rate_error)}
+        each, at_end = (
+            play(NoisyQuadraticEnv(distribution, reward={"measured": name}), 3, lambda _: 3)
+            for name in ("decisions", "end")
+        )
+        assert at_end[1]["score"] == each[1]["score"]
+        assert at_end[0][:-1] == [0.0] * (len(each[0]) - 1)
+        assert at_end[0][-1] == pytest.approx(sum(each[0]), abs=1e-12)
 
 
 def test_holding_the_reference_rate_returns_about_one() -> None:

@@ -113,6 +113,7 @@ def _geometric_grid(centre: float, ratio: float, below: int, above: int) -> tupl
 
 
 _RELATIVE_GRID = _geometric_grid(DEFAULT_RELATIVE_UPDATE, 1.7, 4, 4)
+_FINE_GRID = _geometric_grid(DEFAULT_RELATIVE_UPDATE, 1.3, 8, 8)
 _FACTOR_GRID = _geometric_grid(1.0, 2**0.5, 20, 20)
 
 _MOVES = (
@@ -140,6 +141,9 @@ def _joint_actions() -> tuple[ScheduleAction, ...]:
     return (*rows, _CHOICES[-1])
 
 
+# A rate that is too high ruins a job within a few steps, one that is too low for a while costs little: a job starts at
+# half the default level (three places below it), and goes down faster than up.
+_CAREFUL = (ScheduleAction("four_down", move=-4), *_MOVES)
 _FACTORS = (
     ScheduleAction("quarter", move=-4),
     ScheduleAction("half", move=-2),
@@ -160,6 +164,7 @@ ACTION_TABLES: dict[str, ActionTable] = {
         ActionTable("moves", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES + _CHOICES),
         ActionTable("moves_only", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES),
         ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _joint_actions()),
+        ActionTable("careful", LevelUnit.RELATIVE_UPDATE, _FINE_GRID, 5, _CAREFUL),
         ActionTable("levels", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _LEVELS),
         ActionTable("factors", LevelUnit.GIVEN_RATE, _FACTOR_GRID, 20, _FACTORS),
     )

@@ -22,7 +22,9 @@ from llmrl_envs.interface.updates import (
     MomentUpdates,
     UpdateMeasure,
     UpdateSource,
+    flat_shard,
     full_tensor,
+    level_parameters,
     local_shard,
     pair_update_square,
     signal_to_noise,
@@ -34,6 +36,7 @@ __all__ = ["LowRankPair", "StatisticsRecorder"]
 _NUM_PROBES = 4
 _EPSILON = 1e-30
 _LOSS, _NORM, _SKIPPED = range(3)
+"""What is noted of a step; the last is zero where it was taken, else NaN (1 in checkpoints of earlier versions)."""
 
 
 class StatisticsRecorder:
@@ -53,6 +56,8 @@ class StatisticsRecorder:
         multipliers: Factor of each parameter group's rate on the common one; None: all one.
         source: Where the update is read: from Adam's moments, or from the change of the weights.
         sum_shards: Sums a tensor over the processes that hold shards of the parameters; None: nothing is sharded.
+        flat_vectors: Vectors, whole on every process, that the optimizer holds within flat partitions (DeepSpeed).
+            Their norm is taken off, and of the update's square as much as they have of the numbers.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class StatisticsRecorder:
         multipliers: Sequence[float] | None = None,
         source: UpdateSource = "moments",
         sum_shards: Callable[[Tensor], Tensor] | None = None,
+        flat_vectors: Sequence[Parameter] = (),
     ) -> None:
         self._optimizer = optimizer
         self._multipliers = tuple(multipliers) if multipliers is not None else (1.0,) * len(optimizer.param_groups)
@@ -74,14 +80,21 @@ class StatisticsRecorder:
         self._trainable_fraction = trainable_fraction
         self._pairs = tuple(pairs)
         self._paired = {id(part) for pair in pairs for part in (pair.a, pair.b)}
+        self._factors = {
+            id(p): factor
+            for group, factor in zip(optimizer.param_groups, self._multipliers, strict=True)
+            for p in group["params"]
+        }
         self._source = source
         self._sum_shards = sum_shards
+        self._flat_vectors = tuple(flat_vectors)
         self._differences: DifferenceUpdates | None = None
         self._steps = torch.zeros(capacity_steps, 3, device=device)
         self._probes = torch.full((_NUM_PROBES,), float("nan"), device=device)
         self._learning_rates: list[float] = []
         self._limits: list[float] = []
 
+    @torch.no_grad()
     def before_update(self, active: Iterable[Parameter], *, probe: bool, learning_rate: float = 0.0) -> None:
         """Measures the gradient against the momentum of the step before.
 
@@ -95,19 +108,18 @@ class StatisticsRecorder:
         active = list(active)
         if self._source == "difference":
             self._differences = DifferenceUpdates(active, learning_rate)
-        with torch.no_grad():
-            sums = []
-            for parameter in active:
-                average = self._optimizer.state[parameter].get("exp_avg")
-                if parameter.grad is None or average is None:
-                    continue
-                dtype = torch.promote_types(average.dtype, torch.float32)
-                flat = local_shard(parameter.grad.detach()).reshape(-1).to(dtype)
-                mean = local_shard(average).reshape(-1).to(dtype)
-                sums.append(torch.stack([torch.dot(flat, mean), torch.dot(flat, flat), torch.dot(mean, mean)]))
-            if sums:
-                dot, gradient, momentum = self._summed(torch.stack(sums).sum(dim=0)).unbind()
-                self._probes[0] = dot / ((gradient * momentum).sqrt() + _EPSILON)
+        dots: list[Tensor] = []  # three for each parameter
+        for parameter in active:
+            average = self._optimizer.state[parameter].get("exp_avg")
+            if parameter.grad is None or average is None:
+                continue
+            momentum = flat_shard(average)
+            gradient = flat_shard(parameter.grad).to(momentum.dtype)
+            dots += (torch.dot(gradient, momentum), torch.dot(gradient, gradient), torch.dot(momentum, momentum))
+        if dots:
+            sums = self._summed(torch.stack(dots).reshape(-1, 3).sum(dim=0))
+            dot, gradient_square, momentum_square = sums.unbind()
+            self._probes[0] = dot / ((gradient_square * momentum_square).sqrt() + _EPSILON)
 
     def record_step(
         self,
@@ -116,8 +128,8 @@ class StatisticsRecorder:
         *,
         learning_rate: float,
         max_gradient_norm: float,
-    ) -> None:
-        """Notes one step.
+    ) -> Tensor:
+        """Notes one step, and returns whether its loss and gradient are finite, a scalar on the device.
 
         Args:
             loss: Mean loss of the step, a scalar on the device.
@@ -126,18 +138,19 @@ class StatisticsRecorder:
             max_gradient_norm: Norm that gradients are clipped to.
         """
         position = len(self._learning_rates)
-        if position >= len(self._steps):
-            raise ValueError(f"interval: expected at most {len(self._steps)} steps, got one more")
-        finite = torch.isfinite(loss.detach())
-        self._steps[position, _LOSS] = loss.detach()
+        if position >= self._steps.shape[0]:
+            raise ValueError(f"interval: expected at most {self._steps.shape[0]} steps, got one more")
+        told = [loss.detach()] if gradient_norm is None else [loss.detach(), gradient_norm.detach()]
+        values = torch.stack(told)
+        defect = (values * 0.0).sum()  # zero, or NaN where one is not finite
+        row = self._steps[position]
+        row[: len(told)] = values
         if gradient_norm is None:
-            self._steps[position, _NORM] = float("nan")
-        else:
-            self._steps[position, _NORM] = gradient_norm.detach()
-            finite = finite & torch.isfinite(gradient_norm.detach())
-        self._steps[position, _SKIPPED] = ~finite
+            row[_NORM] = float("nan")
+        row[_SKIPPED] = defect
         self._learning_rates.append(learning_rate)
         self._limits.append(max_gradient_norm)
+        return defect == 0.0
 
     def after_update(self, active: Iterable[Parameter], *, probe: bool) -> None:
         """Measures the optimizer's update at learning rate one, and the weights."""
@@ -151,20 +164,40 @@ class StatisticsRecorder:
 
     @torch.no_grad()
     def _measure(self, active: Sequence[Parameter], measure: UpdateMeasure) -> Tensor | None:
-        """||u||, ||theta|| and the signal-to-noise ratio, [3]; None where no parameter is active."""
+        """||u|| and ||theta|| of `level_parameters` and the signal-to-noise ratio, [3]; None: nothing is active."""
         held = {id(p) for p in active}
         plain = [p for p in active if id(p) not in self._paired]
         pairs = [pair for pair in self._pairs if id(pair.a) in held or id(pair.b) in held]
         if not plain and not pairs:
             return None
-        zero = torch.zeros((), device=self._probes.device)
-        update = torch.stack([zero, *(measure.square(p).float() for p in plain)]).sum()
-        weight = torch.stack([zero, *(square_sum(p).float() for p in plain)]).sum()
-        update, weight = self._summed(torch.stack([update, weight])).unbind()
+        sized = self._sized(plain)
+        counted = {id(p) for p in sized}
+        others = [p for p in plain if id(p) not in counted]
+        squares = torch.zeros(2, device=self._probes.device)
+        if sized:
+            weight = torch.stack([square_sum(p).float() for p in sized]).sum()
+            squares = torch.stack([measure.square(sized).float(), weight])
+        if others:  # they count in the moments' sums
+            measure.square(others)
+        update, weight = self._without_vectors(self._summed(squares), sized).unbind()
         update = update + sum(pair_update_square(pair, measure) for pair in pairs)
         weight = weight + sum(pair.weight_norm**2 for pair in pairs)
         moments = self._summed(measure.moment_sums().to(self._probes.device))
         return torch.stack([update.sqrt(), weight.sqrt(), signal_to_noise(moments)])
+
+    def _sized(self, plain: Sequence[Parameter]) -> list[Parameter]:
+        """Those that a level refers to, of those that have a rate."""
+        moved = [p for p in plain if self._factors.get(id(p), 1.0)]
+        return level_parameters(moved, has_pairs=bool(self._pairs))
+
+    def _without_vectors(self, squares: Tensor, flat: Sequence[Parameter]) -> Tensor:
+        """Squares of update and weight, [2], less those of vectors that flat partitions hold."""
+        if not self._flat_vectors:
+            return squares
+        held = self._summed(torch.tensor(float(sum(p.numel() for p in flat)), device=squares.device))
+        share = 1.0 - sum(p.numel() for p in self._flat_vectors) / held
+        vectors = torch.stack([square_sum(p).float() for p in self._flat_vectors]).sum()
+        return torch.stack([squares[0] * share, (squares[1] - vectors).clamp(min=0.0)])
 
     def _summed(self, tensor: Tensor) -> Tensor:
         return tensor if self._sum_shards is None else self._sum_shards(tensor)
@@ -222,25 +255,18 @@ class StatisticsRecorder:
         rates err on the low side. For LoRA, b is zero at first and u_b @ a is the whole change, here with independent
         signs.
         """
-        plain = [p for p in active if id(p) not in self._paired]
-        factors = {
-            id(p): factor
-            for group, factor in zip(self._optimizer.param_groups, self._multipliers, strict=True)
-            for p in group["params"]
-        }
+        plain = self._sized([p for p in active if id(p) not in self._paired])
+        factors = self._factors
         update = sum(local_shard(p).numel() * factors[id(p)] ** 2 for p in plain)
         weight = sum(float(local_shard(p).detach().double().square().sum()) for p in plain)
         sums = torch.tensor([update, weight], dtype=torch.float64)
-        update, weight = sums.tolist() if self._sum_shards is None else self._shard_sums(sums)
+        sums = sums if self._sum_shards is None else self._summed(sums.float().to(self._probes.device))
+        update, weight = self._without_vectors(sums, plain).tolist()
         for pair in self._pairs:
             a = full_tensor(pair.a.detach()).double()
             update += (pair.scaling * factors[id(pair.b)]) ** 2 * len(pair.b) * float(a.square().sum())
             weight += pair.weight_norm**2
         return update**0.5, weight**0.5
-
-    def _shard_sums(self, sums: Tensor) -> list[float]:
-        found: list[float] = self._summed(sums.float().to(self._probes.device)).tolist()
-        return found
 
     def present_norms(self, active: Sequence[Parameter]) -> tuple[float, float]:
         """||u|| and ||theta|| of a job whose optimizer has moments from earlier steps; NaN where it has none."""

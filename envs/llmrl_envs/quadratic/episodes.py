@@ -122,8 +122,10 @@ class QuadraticEpisodes:
         share = num_steps / schedule.total_steps
         reward = self._reward(switched, rolled_back, share)
         self._decision += 1
-        ended = self._intervals[np.arange(self.num_envs), self._decision] == 0
-        return StepResult(update.observation, reward, self._diverged | ended, statistics)
+        terminated = self._diverged | (self._intervals[np.arange(self.num_envs), self._decision] == 0)
+        if self.reward_spec.measured == "end":
+            reward = np.where(terminated, self._return, 0.0)
+        return StepResult(update.observation, reward, terminated, statistics)
 
     def info(self) -> dict[str, NDArray[Any]]:
         """Facts of every lane, arrays of leading dimension E, all of them new."""

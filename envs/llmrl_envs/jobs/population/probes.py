@@ -97,12 +97,12 @@ class UpdateProbe:
     def _squares(self, weights: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """Squared norms of update and weights, float[M, 2] each: of the lower half and of the rest."""
         if not self._pairs:
-            parts = [(update[:, columns], weights[:, columns]) for columns in self._parts()]
+            parts = [(update[:, columns], weights[:, columns]) for columns in self._sized_parts()]
             squares = [torch.stack([_dots(x, x) for x in part]) for part in parts]
             stacked = torch.stack(squares, dim=-1)
             return stacked[0], stacked[1]
         totals = torch.zeros(2, len(weights), 2, device=weights.device)
-        for name in self._plain:
+        for name in (name for name in self._plain if len(self._layout.columns[name].shape) >= 2):
             part = 0 if self._layout.columns[name].is_lower else 1
             for index, source in enumerate((update, weights)):
                 totals[index, :, part] += self._layout.view(source, name).flatten(1).square().sum(dim=1)
@@ -124,6 +124,15 @@ class UpdateProbe:
     def _parts(self) -> tuple[slice, slice]:
         return slice(0, self._layout.lower_stop), slice(self._layout.lower_stop, self._layout.num_columns)
 
+    def _sized_parts(self) -> tuple[slice, slice]:
+        """The columns of `level_parameters`: matrices lie together, lower half first."""
+        start, stop = self._layout.decayed
+        return (
+            (slice(start, self._layout.lower_stop), slice(self._layout.lower_stop, stop))
+            if stop > start
+            else self._parts()
+        )
+
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:  # [M, N] each -> [M]
     """Products of rows; on a CPU one by one, because `vecdot` writes all products to memory before it adds them up."""
@@ -144,7 +153,8 @@ def initial_norms(
         pairs: Adapters whose effective weight change counts.
     """
     paired = {name for pair in pairs for name in (pair.a, pair.b)}
-    plain = [value for name, value in initial.items() if name not in paired]
+    trained = [value for name, value in initial.items() if name not in paired]
+    plain = [value for value in trained if value.ndim >= 2 or not (pairs or any(v.ndim >= 2 for v in trained))]
     update = float(sum(value.numel() for value in plain))
     weight = sum(float(value.double().square().sum()) for value in plain)
     for pair in pairs:
