@@ -25,7 +25,7 @@ from llmrl.config import FinetuneConfig
 from llmrl.config_loading import config_to_yaml, load_config
 from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.failures import print_message
-from llmrl.hosts.accelerate import AcceleratorContext, parallel_context
+from llmrl.hosts.accelerate import AcceleratorContext, found_by_first, parallel_context
 from llmrl.hosts.checkpoints import JobCheckpoints, differences
 from llmrl.hosts.job import named_schedule, run_job
 from llmrl.hosts.job_state import JobState
@@ -61,8 +61,7 @@ def finetune(
     context = parallel_context()
     _check_shared(config.task, context)
     is_first = context.rank == 0
-    if is_first:
-        _prepare(config, output, resume=resume)
+    found_by_first(context, lambda: _prepare(config, output, resume=resume))
     checkpoints = _make_checkpoints(config, chosen, context, output, resume=resume)
     saved = checkpoints.load() if resume and checkpoints is not None else None
     if is_first:
@@ -86,8 +85,8 @@ def finetune(
     return summary
 
 
-def _prepare(config: FinetuneConfig, output: Path, *, resume: bool) -> None:
-    """Makes the run directory; one that is there already must be of the same job."""
+def _prepare(config: FinetuneConfig, output: Path, *, resume: bool) -> str:
+    """Makes the run directory, and returns it; one that is there already must be of the same job."""
     create_run_directory(output, resume=resume)
     path = output / "config.yaml"
     if path.exists():
@@ -99,6 +98,7 @@ def _prepare(config: FinetuneConfig, output: Path, *, resume: bool) -> None:
                 expected="the configuration that it was begun with, or another --output",
                 got="; ".join(changed),
             )
+    return str(output)
 
 
 def _what_is_trained(config: FinetuneConfig) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
+from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from torch import Tensor, nn
@@ -114,6 +116,26 @@ class AcceleratorContext:
     def barrier(self) -> None:
         """Waits for the other processes."""
         self.accelerator.wait_for_everyone()
+
+
+def found_by_first(context: ParallelContext, find: Callable[[], str]) -> str:
+    """What the first process finds, in every process.
+
+    Raises:
+        UserError: What the first refuses, all refuse: none of them is left waiting for another that is gone.
+    """
+    if not isinstance(context, AcceleratorContext):
+        return find()
+    found, refused = "", None
+    if context.rank == 0:
+        try:
+            found = find()
+        except UserError as error:
+            refused = error
+    found, told = context.gather_texts(found)[0], context.gather_texts("" if refused is None else str(refused))[0]
+    if told:
+        raise refused or UserError(told)
+    return found
 
 
 def launched_processes() -> int:

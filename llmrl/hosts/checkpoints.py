@@ -19,7 +19,7 @@ from llmrl_envs.jobs.parallel import ParallelContext
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmrl.hosts.accelerate import AcceleratorContext
+from llmrl.hosts.accelerate import AcceleratorContext, found_by_first
 from llmrl.hosts.job_state import JobState
 from llmrl.run_directory import to_json_value
 from llmrl.training.checkpoint import (
@@ -90,10 +90,7 @@ class JobCheckpoints:
         Raises:
             UserError: It is damaged, of another job, or of another number of processes.
         """
-        found = newest_whole_checkpoint(self._directory) if self._context.rank == 0 else None
-        name = "" if found is None else found.name
-        if isinstance(self._context, AcceleratorContext):
-            name = self._context.gather_texts(name)[0]
+        name = found_by_first(self._context, self._newest)
         if not name:
             return None
         path = self._directory / name
@@ -101,6 +98,10 @@ class JobCheckpoints:
         self._check(read, path)
         shared = load_file(path / SHARED) if (path / SHARED).exists() else {}
         return JobState(read["state"], shared, load_file(path / _own_file(self._context.rank)))
+
+    def _newest(self) -> str:
+        found = newest_whole_checkpoint(self._directory)
+        return "" if found is None else found.name
 
     def _check(self, read: Mapping[str, Any], path: Path) -> None:
         if changed := differences(read["job"], self._identity):

@@ -7,6 +7,7 @@ from a fresh interpreter that runs this file as a program (see the end).
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,14 @@ def test_a_process_more_or_less_is_refused(run, kind):
     told = (run(kind) / f"{kind}-alone.txt").read_text()
     assert "another number of processes" in told
     assert "2 processes" in told
+
+
+def test_what_the_first_process_refuses_all_refuse(run):
+    """Another job's directory, and a checkpoint that was damaged."""
+    for rank in (0, 1):
+        first, second = json.loads((run("ddp") / f"refused-{rank}.json").read_text())
+        assert "belongs to another job" in first
+        assert "the checkpoint is damaged" in second
 
 
 @pytest.mark.slow
@@ -226,6 +235,22 @@ def run_finetune(output, *, resume=False, stop=None):
         module_session()._train_step, sharded._train_step = train_step, module_step
 
 
+def run_refused(folder, accelerator):
+    """What this process is told about a run of another job, and about one whose checkpoint is damaged."""
+    from llmrl_envs.errors import UserError
+
+    told = []
+    for steps, damaged in ((12, False), (STEPS, True)):
+        if damaged and accelerator.is_main_process:
+            os.truncate(folder / "checkpoints/000000006/state.json", 10)
+        TASK["steps"] = steps
+        try:
+            run_finetune(folder, resume=True)
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
 def module_session():
     from llmrl_envs.jobs.session import FineTuningSession
 
@@ -244,8 +269,13 @@ def one_of_two(folder, kind):
         run_controller(folder, accelerator)
         accelerator.free_memory()
     for name, options in (("whole", {}), ("cut", {"stop": 9}), ("cut", {"resume": True})):
-        begin()
+        accelerator = begin()
         run_finetune(folder / f"{kind}-{name}", **options)
+    if kind == "ddp":
+        if accelerator.is_main_process:
+            shutil.copytree(folder / "ddp-cut", folder / "ddp-refused")
+        told = run_refused(folder / "ddp-refused", accelerator)
+        (folder / f"refused-{accelerator.process_index}.json").write_text(json.dumps(told))
 
 
 def main(folder, kind):
