@@ -238,11 +238,14 @@ class TrainingConfig(Settings):
         evaluation_episodes: Episodes of one evaluation.
         process_timeout_seconds: Where several processes learn together, how long they wait for one that does not come;
             longer than an evaluation takes, for which the others wait. One that is gone is noticed at once.
+        holds_on: Objectives at which the policy holds when it steers real jobs: where validation tasks say that it does
+            harm. Training and its evaluation do not look at it.
     """
 
     decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
     demonstrator: Literal["schedules", "neighbours"] = "schedules"
+    holds_on: tuple[Literal["classification"], ...] = ()
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
     evaluation_episodes: int = Field(default=8, ge=1)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
+from torch import nn
 
 from llmrl.policy_card import policy_card
 from llmrl.policy_decision import PolicyDecision, check_observation, greedy_decision, hold_decision
@@ -29,7 +32,12 @@ from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHT
 if TYPE_CHECKING:
     from llmrl.dqn.networks import QNetwork
 
-__all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy"]
+HoldsOn = Literal["classification"]
+
+__all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy", "is_classifier"]
+
+CLASSIFICATION = "classification"
+_CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 
 
 class SchedulePolicy:
@@ -41,6 +49,7 @@ class SchedulePolicy:
         settings: The schedule that the actions were learned with.
         network: The Q-network; None holds.
         provenance: What the policy was trained on, JSON-ready.
+        holds_on: Objectives that it was found to do harm at, so that it holds there: "classification".
 
     Attributes:
         reference: What it was loaded by; its name where it was made here.
@@ -54,6 +63,7 @@ class SchedulePolicy:
         settings: ScheduleSettings,
         network: QNetwork | None,
         provenance: dict[str, Any] | None = None,
+        holds_on: Sequence[HoldsOn] = (),
     ) -> None:
         if network is not None and network.config.num_actions != table.num_actions:
             raise ValueError(f"network: expected {table.num_actions} actions, got {network.config.num_actions}")
@@ -64,6 +74,7 @@ class SchedulePolicy:
         self.settings = settings
         self.network = network
         self.provenance = provenance or {}
+        self.holds_on = tuple(holds_on)
         self.reference = self.name
         self.folder: Path | None = None
 
@@ -75,7 +86,7 @@ class SchedulePolicy:
     @property
     def digest(self) -> str:
         """SHA-256, shortened, of everything that decisions follow from: languages, schedule and network."""
-        languages = [self.table.hash, self.spec.hash, dataclasses.asdict(self.settings)]
+        languages = [self.table.hash, self.spec.hash, dataclasses.asdict(self.settings), *self.holds_on]
         found = hashlib.sha256(json.dumps(languages, sort_keys=True).encode())
         if self.network is not None:
             found.update(self.network.config.model_dump_json().encode())
@@ -83,6 +94,14 @@ class SchedulePolicy:
                 found.update(name.encode())
                 found.update(value.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()[:16]
+
+    def for_model(self, model: nn.Module) -> SchedulePolicy:
+        """This policy; one that holds on the same schedule where `holds_on` names what the model is trained for."""
+        if CLASSIFICATION not in self.holds_on or not is_classifier(model):
+            return self
+        holding = SchedulePolicy(self.table, self.spec, self.settings, None, {"name": self.name})
+        holding.reference, holding.folder = self.reference, self.folder
+        return holding
 
     def act(self, observation: NDArray[np.float32], mask: NDArray[np.bool_]) -> PolicyDecision:
         """Greedy actions for observations float32[E, O] among those available in mask bool[E, A]."""
@@ -95,7 +114,7 @@ class SchedulePolicy:
 
     def card(self) -> str:
         """The policy card, Markdown."""
-        return policy_card(self.table, self.spec, self.settings, self.network, self.provenance)
+        return policy_card(self.table, self.spec, self.settings, self.network, self.provenance, self.holds_on)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -121,7 +140,7 @@ class SchedulePolicy:
         config = language.config
         network = _read_network(folder / WEIGHTS_FILE) if config.kind == "network" else None
         try:
-            policy = cls(language.table, language.spec, language.settings, network, config.provenance)
+            policy = cls(language.table, language.spec, language.settings, network, config.provenance, config.holds_on)
         except ValueError as error:
             raise UserError(
                 "the policy's network does not fit its config", where=str(folder), got=str(error)
@@ -144,6 +163,7 @@ class SchedulePolicy:
             observation_hash=self.spec.hash,
             schedule=dataclasses.asdict(self.settings),
             provenance=self.provenance,
+            holds_on=list(self.holds_on),
         )
         (directory / CONFIG_FILE).write_text(json.dumps(config.model_dump(), indent=2) + "\n", encoding="utf-8")
         if self.network is not None:
@@ -166,6 +186,11 @@ class SchedulePolicy:
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
             return upload_policy_folder(Path(directory), repository, private=private)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model of transformers, wrapped or not, ends in a head for classes in place of one for tokens."""
+    return any(_CLASSIFIER.search(type(module).__name__) for module in model.modules())
 
 
 def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves") -> SchedulePolicy:

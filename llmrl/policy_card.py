@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrl_envs.interface.action import ActionTable
@@ -19,6 +20,7 @@ def policy_card(
     settings: ScheduleSettings,
     network: QNetwork | None,
     provenance: dict[str, Any],
+    holds_on: Sequence[str] = (),
 ) -> str:
     """Markdown with a YAML header; written by the code, from facts alone."""
     training = dict(provenance)
@@ -54,6 +56,7 @@ def policy_card(
         "",
         "It knows the tasks listed under training. On other models, data, budgets or optimizers compare it with `hold`",
         "and with a linear decay before trusting it (`llmrl compare`).",
+        *(f"It was found to do harm at {objective} and holds there." for objective in holds_on),
         "",
     ]
     return "\n".join(lines)

@@ -46,6 +46,7 @@ class PolicyConfig(BaseModel):
         observation_hash: Its digest.
         schedule: Arguments of the `ScheduleSettings` that the actions were learned with.
         provenance: What the policy was trained on, and its results.
+        holds_on: Objectives at which it holds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -58,6 +59,7 @@ class PolicyConfig(BaseModel):
     observation_hash: str
     schedule: dict[str, Any]
     provenance: dict[str, Any] = Field(default_factory=dict)
+    holds_on: list[Literal["classification"]] = Field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

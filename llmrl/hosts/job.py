@@ -82,7 +82,7 @@ def run_job(
     session = FineTuningSession(job, seed=seed, parallel=context)
     meter = JobMeter(session, curve_points, None if saved is None else saved.values["meter"])
     loop = DecisionLoop(
-        policy,
+        policy.for_model(job.loaded.model),
         total_steps=session.total_steps,
         given_rate=learning_rate,
         settings=settings,

@@ -118,7 +118,7 @@ class LiveJob:
             max_grad_norm=options.max_grad_norm,
             keeps_snapshots=self._keeps_snapshots,
         )
-        self.loop = self._make_loop(policy)
+        self.loop = self._make_loop(policy.for_model(model))
         self._recorder = self._make_recorder(found)
         path = options.snapshot_path
         self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))
@@ -133,6 +133,8 @@ class LiveJob:
         if self._processes.rank == 0:
             level = logging.INFO if policy.network is None else logging.WARNING
             _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
+            if policy.network is not None and self.loop.policy.network is None:
+                _LOGGER.warning("llmrl: %s holds on classification", policy.name)
 
     def _make_loop(self, policy: SchedulePolicy) -> DecisionLoop:
         options = self._options

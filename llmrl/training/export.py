@@ -58,7 +58,8 @@ def export_policy_folder(trained: TrainedAgent, folder: Path) -> Path:
         if language is not None:
             network = load_network(part / "model.safetensors")
             table, spec, settings = language
-            SchedulePolicy(table, spec, settings, network, _provenance(trained)).save_pretrained(part)
+            holds_on = trained.config.training.holds_on
+            SchedulePolicy(table, spec, settings, network, _provenance(trained), holds_on).save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return folder

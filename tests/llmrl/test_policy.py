@@ -18,6 +18,8 @@ from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from llmrl.cli import main
 from llmrl.dqn.config import NetworkConfig
@@ -326,3 +328,30 @@ def test_a_command_ends_with_code_2_before_anything_is_trained(
     assert str(folder) in told
     assert "Traceback" not in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_policy_holds_where_it_says_that_it_does_harm(tmp_path: Path, wrapped: bool) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    classifier: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=16, **sizes))
+    speaker: nn.Module = BertForMaskedLM(BertConfig(vocab_size=16, **sizes))
+    if wrapped:
+        classifier, speaker = nn.Sequential(classifier), nn.Sequential(speaker)
+    everywhere = make_policy()
+    careful = SchedulePolicy(
+        everywhere.table,
+        everywhere.spec,
+        everywhere.settings,
+        everywhere.network,
+        {"name": "careful"},
+        ["classification"],
+    )
+    assert everywhere.for_model(classifier) is everywhere
+    assert careful.for_model(speaker) is careful
+    careful.save_pretrained(tmp_path)
+    read = SchedulePolicy.from_pretrained(tmp_path)
+    assert read.digest == careful.digest
+    assert read.digest != everywhere.digest
+    holding = read.for_model(classifier)
+    assert (holding.network, holding.settings, holding.name) == (None, careful.settings, "careful")
+    assert "holds there" in (tmp_path / "README.md").read_text(encoding="utf-8")
