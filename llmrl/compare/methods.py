@@ -248,6 +248,8 @@ def _policy_digest(policy: SchedulePolicy, settings: ScheduleSettings, *, guarde
     }
     if isinstance(policy, RandomPolicy):
         description["random"] = True
+    if policy.holds_on:
+        description["holds_on"] = list(policy.holds_on)
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     weights = {} if policy.network is None else policy.network.state_dict()
     for name, tensor in sorted(weights.items()):

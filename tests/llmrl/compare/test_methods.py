@@ -6,6 +6,7 @@ from llmrl_envs.errors import UserError
 from llmrl.cli import main
 from llmrl.compare.methods import resolve_methods, sweep_method
 from llmrl.compare.names import METHOD_NAMES
+from llmrl.policy import SchedulePolicy
 
 
 def test_methods_stand_in_the_order_of_the_configuration(make_config, make_policy, tmp_path: Path) -> None:
@@ -64,6 +65,15 @@ def test_equal_policies_have_equal_digests_wherever_they_lie(make_config, make_p
     assert digest("second", name="another name") == first
     others = {digest("third", seed=1), digest("fourth", start="given"), digest("fifth", actions="moves_only")}
     assert len(others | {first}) == 4
+
+
+def test_where_a_policy_holds_is_part_of_its_digest(make_config, make_policy, tmp_path: Path) -> None:
+    folder = make_policy(tmp_path / "policy")
+    everywhere = resolve_methods(make_config(), str(folder))["policy"].digest
+    policy = SchedulePolicy.from_pretrained(folder)
+    policy.holds_on = ("classification",)
+    policy.save_pretrained(folder)
+    assert resolve_methods(make_config(), str(folder))["policy"].digest != everywhere
 
 
 def test_the_sweep_is_the_method_linear(make_config) -> None:
