@@ -227,8 +227,8 @@ def test_holding_starts_from_the_same_level_whatever_rate_was_given(make_env):
 def test_a_job_may_start_at_its_given_rate(make_env):
     env = make_env(schedule={"start": "given", "warmup_fraction": 0.0})
     task = env.tasks.tasks[0]
-    _, info = env.reset(options={"job": SampledTask(task, 0, 3e-4, 1)})
-    assert info["learning_rate"] == pytest.approx(3e-4, rel=1e-9)
+    _, info = env.reset(options={"job": SampledTask(task, 0, 1e-4, 1)})
+    assert info["learning_rate"] == pytest.approx(1e-4, rel=1e-9)
     assert info["level"] != pytest.approx(2.5e-3, rel=0.1)
 
 
