@@ -96,10 +96,10 @@ class SchedulePolicy:
         return found.hexdigest()[:16]
 
     def for_model(self, model: nn.Module) -> SchedulePolicy:
-        """This policy; one that holds on the same schedule where `holds_on` names what the model is trained for."""
+        """This policy; *hold* under its name where `holds_on` names what the model is trained for."""
         if CLASSIFICATION not in self.holds_on or not is_classifier(model):
             return self
-        holding = SchedulePolicy(self.table, self.spec, self.settings, None, {"name": self.name})
+        holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), None, {"name": self.name})
         holding.reference, holding.folder = self.reference, self.folder
         return holding
 

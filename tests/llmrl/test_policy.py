@@ -341,7 +341,7 @@ def test_a_policy_holds_where_it_says_that_it_does_harm(tmp_path: Path, wrapped:
     careful = SchedulePolicy(
         everywhere.table,
         everywhere.spec,
-        everywhere.settings,
+        ScheduleSettings(base="wsd_40", cooldown_progress=0.2),
         everywhere.network,
         {"name": "careful"},
         ["classification"],
@@ -353,5 +353,5 @@ def test_a_policy_holds_where_it_says_that_it_does_harm(tmp_path: Path, wrapped:
     assert read.digest == careful.digest
     assert read.digest != everywhere.digest
     holding = read.for_model(classifier)
-    assert (holding.network, holding.settings, holding.name) == (None, careful.settings, "careful")
+    assert (holding.network, holding.settings, holding.name) == (None, ScheduleSettings(), "careful")
     assert "holds there" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,9 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TuningMode
 
-BaseName = Literal["constant", "linear", "cosine", "wsd", "cosine_10", "inverse_sqrt", "polynomial"]
-BASE_NAMES: tuple[BaseName, ...] = ("constant", "linear", "cosine", "wsd", "cosine_10", "inverse_sqrt", "polynomial")
-WSD_DECAY_FRACTION = 0.2
+BaseName = Literal["constant", "linear", "cosine", "wsd", "wsd_40", "cosine_10", "inverse_sqrt", "polynomial"]
+BASE_NAMES: tuple[BaseName, ...] = get_args(BaseName)
+WSD_DECAY_FRACTIONS = {"wsd": 0.2, "wsd_40": 0.4}
 COSINE_FLOOR = 0.1
 POLYNOMIAL_POWER = 2.0
 SQRT_TIMESCALE_FRACTION = 0.05
@@ -98,8 +98,8 @@ def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_st
 
     Rises linearly over the warm-up to 1, then is constant or falls: to zero at `total_steps` linearly, by a half
     cosine, as the square of what is left ("polynomial"), or linearly over the last fifth ("wsd": warm-up, stable,
-    decay); by a half cosine to a tenth ("cosine_10"); or as the inverse square root of the step over the warm-up
-    ("inverse_sqrt").
+    decay) or the last two fifths ("wsd_40"); by a half cosine to a tenth ("cosine_10"); or as the inverse square root
+    of the step over the warm-up ("inverse_sqrt").
 
     >>> base_factor("linear", np.array([0, 5, 10]), np.array(10), np.array(0))
     array([1. , 0.5, 0. ])
@@ -122,7 +122,7 @@ def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_st
         timescale = np.where(np.asarray(warmup_steps) > 0, warmup_steps, missing)
         decay = np.sqrt(timescale / (timescale + np.maximum(step_float - warmup_steps, 0.0)))
     else:
-        decay = np.minimum(1.0, (1.0 - progress) / WSD_DECAY_FRACTION)
+        decay = np.minimum(1.0, (1.0 - progress) / WSD_DECAY_FRACTIONS[name])
     rise = np.minimum(1.0, (step_float + 1.0) / np.maximum(warmup_steps + 1, 1))
     return np.asarray(rise * decay, np.float64)
 

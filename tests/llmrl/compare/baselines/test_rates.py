@@ -79,6 +79,12 @@ def test_bounded_greedy_moves_after_two_and_stays_in_its_range():
                 optimizer, 5, 9, num_training_steps=50, decay_type="linear", min_lr_ratio=0.0
             ),
         ),
+        (
+            "wsd_40",
+            lambda optimizer: optimization.get_wsd_schedule(
+                optimizer, 5, 18, num_training_steps=50, decay_type="linear", min_lr_ratio=0.0
+            ),
+        ),
     ],
 )
 def test_shapes_are_those_of_transformers_after_the_warm_up(base, library):
