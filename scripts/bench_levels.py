@@ -1,10 +1,13 @@
 """How far one level carries: constant relative update sizes against tuned rates, task by task.
 
     python scripts/bench_levels.py --config configs/compare/levels.yaml --output levels.json [--quick]
+    python scripts/bench_levels.py --config configs/compare/bases.yaml --output bases.json \
+        --bases linear cosine polynomial wsd wsd_40 --factors 0.588 1 1.7 --rates 1e-3
 
 Every task of the file (a comparison's `tasks`) is run with linear decay at several learning rates and by holding each
-of several levels, full or LoRA as the task says; LoRA with both norms that a level can refer to. Reported is the final
-validation loss, nats per target. The rates that a held level led to are reported beside it.
+of several levels over each of several base schedules, full or LoRA as the task says; LoRA over the linear base with
+both norms that a level can refer to. Reported is the final validation loss, nats per target. The rates that a held
+level led to are reported beside it.
 
 Writes {machine, versions, rows, ratios}; a ratio is the default level's gain over the best linear decay's.
 """
@@ -13,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from benchmarking import describe_machine, describe_versions, write_report
 from llmrl_envs.interface.action import DEFAULT_RELATIVE_UPDATE, action_table
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.interface.schedule import BASE_NAMES, BaseName, Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.reference import given_rate_schedule
 from llmrl_envs.jobs.session import FineTuningSession
@@ -41,11 +46,11 @@ def linear_loss(job: Job, rate: float, seed: int) -> float:
     return session.evaluate("validation").loss
 
 
-def held_loss(job: Job, level: float, norm: str, seed: int) -> tuple[float, float]:
+def held_loss(job: Job, level: float, norm: str, base: BaseName, seed: int) -> tuple[float, float]:
     """Final validation loss of holding a level, and the peak rate that it meant at the end."""
     session = FineTuningSession(job, seed=seed, level_norm=norm)
     table = dataclasses.replace(action_table("moves_only"), levels=(level, 2 * level), default_level=0)
-    settings = ScheduleSettings(warmup_fraction=WARMUP_FRACTION)
+    settings = ScheduleSettings(base=base, warmup_fraction=WARMUP_FRACTION)
     schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
     if norm == "effective":
         schedule.observe_mode(np.array([int(job.mode)]))
@@ -58,17 +63,19 @@ def held_loss(job: Job, level: float, norm: str, seed: int) -> tuple[float, floa
     return session.evaluate("validation").loss, float(schedule.peak_rate()[0])
 
 
-def measure(job: Job, seed: int, *, quick: bool) -> list[dict[str, Any]]:
+def measure(
+    job: Job, seed: int, rates: Sequence[float], factors: Sequence[float], bases: Sequence[BaseName]
+) -> list[dict[str, Any]]:
     """All rows of one task and seed."""
     initial = FineTuningSession(job, seed=seed, record=False).evaluate("validation").loss
     common = {"task": job.task.name, "mode": job.task.mode, "seed": seed, "loss_initial": initial}
-    rates, factors = (RATES[1:3], (1.0,)) if quick else (RATES, LEVEL_FACTORS)
     rows = [{**common, "method": "linear", "rate": rate, "loss": linear_loss(job, rate, seed)} for rate in rates]
-    for norm in ("effective", "adapters") if job.task.mode == "lora" else ("effective",):
-        for factor in factors:
+    for base, factor in itertools.product(bases, factors):
+        both = job.task.mode == "lora" and base == "linear"
+        for norm in ("effective", "adapters") if both else ("effective",):
             level = DEFAULT_RELATIVE_UPDATE * factor
-            loss, rate = held_loss(job, level, norm, seed)
-            rows.append({**common, "method": f"hold_{norm}", "level": level, "rate": rate, "loss": loss})
+            loss, rate = held_loss(job, level, norm, base, seed)
+            rows.append({**common, "method": f"hold_{norm}", "base": base, "level": level, "rate": rate, "loss": loss})
     return rows
 
 
@@ -80,7 +87,12 @@ def gain_ratio(rows: list[dict[str, Any]]) -> float:
         own = [row for row in rows if row["seed"] == seed]
         initial = own[0]["loss_initial"]
         best = min(row["loss"] for row in own if row["method"] == "linear")
-        held = [r for r in own if r["method"] == "hold_effective" and r["level"] == DEFAULT_RELATIVE_UPDATE]
+        held = [
+            row
+            for row in own
+            if (row["method"], row.get("base"), row.get("level"))
+            == ("hold_effective", "linear", DEFAULT_RELATIVE_UPDATE)
+        ]
         ratios.append((initial - held[0]["loss"]) / (initial - best))
     return float(np.mean(ratios))
 
@@ -90,15 +102,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/compare/levels.yaml"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="two rates, one level, one seed")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="peak rates of linear decay")
+    parser.add_argument("--factors", type=float, nargs="+", default=list(LEVEL_FACTORS), help="of the default level")
+    parser.add_argument("--bases", nargs="+", choices=BASE_NAMES, default=["linear"], help="what held levels decay by")
+    parser.add_argument("--quick", action="store_true", help="two rates, the default level, one task and seed")
     arguments = parser.parse_args()
+    if 1.0 not in arguments.factors or "linear" not in arguments.bases:
+        parser.error("ratios are those of the default level over the linear base: give factor 1 and base linear")
+    if arguments.quick:
+        arguments.rates, arguments.factors = arguments.rates[:2], [1.0]
     config = load_config("compare", arguments.config, [])
     assert isinstance(config, CompareConfig)
     library = JobLibrary(config.device)
     rows = []
     for task in config.tasks[:1] if arguments.quick else config.tasks:
         for seed in config.seeds[:1] if arguments.quick else config.seeds:
-            found = measure(library.job(task), seed, quick=arguments.quick)
+            found = measure(library.job(task), seed, arguments.rates, arguments.factors, arguments.bases)
             rows += found
             for row in found:
                 print({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}, flush=True)
