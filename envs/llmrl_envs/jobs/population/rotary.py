@@ -42,15 +42,18 @@ class Rotation(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Halves) -> Tensor:
-    """x * cos, plus each half of a head times what `sin` has for the other one: x [B, H, L, D]; see `Rotary`."""
+    """x * cos, plus each half of a head times what `sin` has for the other one: x [B, H, L, D]; see `Rotary`.
+
+    Products are rounded before they are added up, as in the usual function, so that the numbers are the same.
+    """
     batch, heads, length, width = x.shape
     flat = x.transpose(1, 2).reshape(batch, length, heads * width)
-    y = flat * cos
+    crossed = torch.empty_like(flat)
     lower, upper = flat.view(batch, length * heads, 2, width // 2).unbind(2)
-    y_lower, y_upper = y.view(batch, length * heads, 2, width // 2).unbind(2)
-    y_lower.addcmul_(upper, sin[0])
-    y_upper.addcmul_(lower, sin[1])
-    return y.view(batch, length, heads, width).transpose(1, 2)
+    crossed_lower, crossed_upper = crossed.view(batch, length * heads, 2, width // 2).unbind(2)
+    torch.mul(upper, sin[0], out=crossed_lower)
+    torch.mul(lower, sin[1], out=crossed_upper)
+    return crossed.add_(flat * cos).view(batch, length, heads, width).transpose(1, 2)
 
 
 class Rotary:

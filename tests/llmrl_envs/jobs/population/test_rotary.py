@@ -38,12 +38,12 @@ def test_values_and_gradients_equal_those_of_the_models_own_function(num_keys, b
         for _ in range(2):  # the second layer of a pass finds the tables of the first
             found, expected = rotary(q, k, cos, sin), OWN(q, k, cos, sin)
             noise = [torch.randn(y.shape, generator=generator) for y in expected]
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
             slopes = [
                 torch.autograd.grad(sum((y * n).sum() for y, n in zip(ys, noise, strict=True)), (q, k))
                 for ys in (found, expected)
             ]
-            torch.testing.assert_close(*slopes)
+            torch.testing.assert_close(*slopes, rtol=0, atol=0)
 
 
 def test_other_forms_go_to_the_models_own_function():
