@@ -69,15 +69,11 @@ class UpdateProbe:
         most = _MOST_ENTRIES.get(weights.device.type, _MOST_ENTRIES["cuda"])
         size = min(max(1, most // max(self._layout.num_columns, 1)), stop - start)
         update = torch.empty(size, self._layout.num_columns, device=weights.device)
-        sums = torch.cat(
-            [
-                self._sums(weights[first : first + len(own)], slice(first, first + len(own)), own, shifts, update)
-                for first, own, shifts in zip(
-                    range(start, stop, size), scale.split(size), shift.split(size), strict=True
-                )
-            ],
-            dim=1,
-        )
+        found = []
+        for first in range(start, stop, size):
+            chosen, own = slice(first, min(first + size, stop)), slice(first - start, first - start + size)
+            found.append(self._sums(weights[chosen], chosen, scale[own], shift[own], update))
+        sums = torch.cat(found, dim=1)
         counted = torch.stack([~frozen, torch.ones_like(frozen)], dim=1)
         # No step taken yet, every one was skipped: nothing is known.
         nothing = torch.where(correction2 > 0.0, 0.0, float("nan"))

@@ -81,7 +81,10 @@ class Rotary:
         heads = x.shape[1]
         if heads not in self._tables:
             self._tables[heads] = _table(cos, sin, heads)
-        y: Tensor = Rotation.apply(x, self._tables[heads])  # type: ignore[no-untyped-call]
+        table = self._tables[heads]
+        if not torch.is_grad_enabled():
+            return _rotated(x, *table[:2])
+        y: Tensor = Rotation.apply(x, table)  # type: ignore[no-untyped-call]
         return y
 
 
