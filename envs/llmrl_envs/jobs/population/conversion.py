@@ -20,6 +20,7 @@ from llmrl_envs.jobs.population.layers import (
     StackedRMSNorm,
     StackedScale,
 )
+from llmrl_envs.jobs.population.rotary import replace_rotations
 
 REMEDY = "mode lora, or the one-by-one vector environment: env.vectorization sync, make_vec(vectorization_mode='sync')"
 _LLAMA_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
@@ -68,6 +69,7 @@ def convert_model(model: nn.Module, trained: Mapping[str, Tensor], where: str) -
     conversion = Conversion(copy.deepcopy(model, shared))
     names = {id(parameter): name for name, parameter in trained.items()}
     conversion.model = _Converter(conversion, names, where).convert(conversion.model, "")
+    replace_rotations(conversion.model)
     inner = getattr(conversion.model, "get_base_model", None)
     conversion.model = conversion.model if inner is None else inner()
     return conversion

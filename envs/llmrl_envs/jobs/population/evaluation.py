@@ -81,7 +81,7 @@ class PopulationEvaluation:
                 for first, stop in self._width.ranges(lanes):
                     part = sequences[first:stop,]
                     self._rows.stack.bind(start + first, start + stop, part.lengths.size, weights)
-                    with self._precision.autocast():
+                    with torch.inference_mode(), self._precision.autocast():
                         losses = sequence_losses(
                             self._rows.stack.model, part.to(self._device), classification=self._classification
                         )

@@ -59,40 +59,40 @@ class UpdateProbe:
             stop: End.
             frozen: bool[M], rows whose lower half does not count.
         """
-        most = _MOST_ENTRIES.get(weights.device.type, _MOST_ENTRIES["cuda"])
-        size = max(1, most // max(self._layout.num_columns, 1))
-        found = [
-            self._norms(weights, first, min(first + size, stop), frozen[first - start : first - start + size])
-            for first in range(start, stop, size)
-        ]
-        return torch.cat(found, dim=1)
-
-    def _norms(self, weights: Tensor, start: int, stop: int, frozen: Tensor) -> Tensor:
-        rows, optimizer = slice(start, stop), self._optimizer
+        optimizer, rows = self._optimizer, slice(start, stop)
         settings = optimizer.settings[rows].to(weights.device)
         counts = optimizer.steps[rows].double()
         correction1 = 1.0 - settings[:, :1] ** counts  # [M, 2]
         correction2 = 1.0 - settings[:, 1:2] ** counts
-        update = torch.empty(stop - start, self._layout.num_columns, device=weights.device)
-        mean_squares, variances = [], []
-        for part, columns in enumerate(self._parts()):
-            mean, square = optimizer.exp_avg[rows, columns], optimizer.exp_avg_sq[rows, columns]
-            correction = (correction1[:, part : part + 1].float(), correction2[:, part : part + 1])
-            denominator = square.sqrt().mul_(correction[1].rsqrt().float()).add_(settings[:, 2:3].float())
-            torch.div(mean, denominator.mul_(correction[0]), out=update[:, columns])
-            mean_squares.append(_dots(mean, mean) / correction1[:, part] ** 2)
-            variances.append(square.sum(dim=1) / correction2[:, part])
+        # m / (c1 (sqrt(v / c2) + eps)) is m / (sqrt(v) scale + shift).
+        scale, shift = (correction1 * correction2.rsqrt()).float(), (correction1 * settings[:, 2:3]).float()
+        most = _MOST_ENTRIES.get(weights.device.type, _MOST_ENTRIES["cuda"])
+        size = min(max(1, most // max(self._layout.num_columns, 1)), stop - start)
+        update = torch.empty(size, self._layout.num_columns, device=weights.device)
+        found = []
+        for first in range(start, stop, size):
+            chosen, own = slice(first, min(first + size, stop)), slice(first - start, first - start + size)
+            found.append(self._sums(weights[chosen], chosen, scale[own], shift[own], update))
+        sums = torch.cat(found, dim=1)
         counted = torch.stack([~frozen, torch.ones_like(frozen)], dim=1)
-        updates, sizes = self._squares(weights[rows], update)
-
-        def total(parts: Tensor) -> Tensor:
-            return torch.where(counted, parts, 0.0).sum(dim=1)
-
         # No step taken yet, every one was skipped: nothing is known.
         nothing = torch.where(correction2 > 0.0, 0.0, float("nan"))
-        mean_square, variance = total(torch.stack(mean_squares, dim=1)), total(torch.stack(variances, dim=1))
-        signal = (mean_square / (variance + _EPSILON)).sqrt()
-        return torch.stack([total(updates + nothing).sqrt(), total(sizes).sqrt(), signal]).float()
+        parts = torch.stack([sums[0] + nothing, sums[1], sums[2] / correction1**2, sums[3] / correction2])
+        updates, sizes, mean_square, variance = torch.where(counted, parts, 0.0).sum(dim=2)
+        return torch.stack([updates.sqrt(), sizes.sqrt(), (mean_square / (variance + _EPSILON)).sqrt()]).float()
+
+    def _sums(self, weights: Tensor, rows: slice, scale: Tensor, shift: Tensor, update: Tensor) -> Tensor:
+        """Squares of update, weights and first moments and the sum of the second ones, float[4, M, 2]: by half."""
+        update = update[: len(weights)]
+        mean_squares, variances = [], []
+        for part, columns in enumerate(self._parts()):
+            mean, square = self._optimizer.exp_avg[rows, columns], self._optimizer.exp_avg_sq[rows, columns]
+            one = slice(part, part + 1)
+            torch.div(mean, square.sqrt().mul_(scale[:, one]).add_(shift[:, one]), out=update[:, columns])
+            mean_squares.append(_dots(mean, mean))
+            variances.append(square.sum(dim=1))
+        updates, sizes = self._squares(weights, update)
+        return torch.stack([updates, sizes, torch.stack(mean_squares, dim=1), torch.stack(variances, dim=1)])
 
     def _squares(self, weights: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """Squared norms of update and weights, float[M, 2] each: of the lower half and of the rest."""
