@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llmrl.policy_card import policy_card
-from llmrl.policy_decision import PolicyDecision, check_observation, greedy_decision, hold_decision
+from llmrl.policy_decision import PolicyDecision, check_observation, finite_values, greedy_decision, hold_decision
 from llmrl.policy_hub import upload_policy_folder
 from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy
 
@@ -145,6 +145,13 @@ class SchedulePolicy:
             raise UserError(
                 "the policy's network does not fit its config", where=str(folder), got=str(error)
             ) from error
+        if network is not None and not finite_values(policy.act, policy.spec, policy.table):
+            raise UserError(
+                "the policy's values are not finite",
+                expected="finite numbers",
+                got="infinity or NaN",
+                where=str(folder),
+            )
         policy.reference, policy.folder = str(reference), folder
         return policy
 
@@ -205,7 +212,9 @@ def _read_network(path: Path) -> QNetwork:
     try:
         network = load_network(path)
     except ValueError as error:
-        raise UserError("the policy's weights cannot be read", got=str(error), where=str(path)) from error
+        from llmrl.policy_files import shortened
+
+        raise UserError("the policy's weights cannot be read", got=shortened(str(error)), where=str(path)) from error
     for name, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError("the policy's weights are not finite", expected="finite numbers", got=name, where=str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from llmrl.dqn.acting import greedy_actions
 
 if TYPE_CHECKING:
+    from llmrl_envs.interface.observation import ObservationSpec
+
     from llmrl.dqn.config import NetworkConfig
 
 
@@ -36,6 +39,19 @@ def check_observation(observation: NDArray[np.float32], size: int) -> None:
     """
     if observation.ndim != 2 or observation.shape[1] != size:
         raise ValueError(f"observation: expected float32[E, {size}], got {observation.shape}")
+
+
+def finite_values(
+    act: Callable[[NDArray[np.float32], NDArray[np.bool_]], PolicyDecision], spec: ObservationSpec, table: ActionTable
+) -> bool:
+    """Whether a policy tells finite values at zero and at the ends of its observation's range.
+
+    Weights that are finite can be so large that their sums are not.
+    """
+    observations = np.stack([*spec.bounds(), np.clip(0.0, *spec.bounds())]).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = act(observations, np.ones((3, table.num_actions), np.bool_)).q_values
+    return bool(np.isfinite(values).all())
 
 
 def hold_decision(table: ActionTable, num: int) -> PolicyDecision:

@@ -11,7 +11,10 @@ Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +33,7 @@ MAX_CONFIG_BYTES = 4 * 2**20
 _PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".dill"})
 _PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _TORCH_ARCHIVE = b"PK\x03\x04"
+_LONGEST_NAME, _LONGEST_MESSAGE = 200, 1000
 _SAFETENSORS_START = 8
 """Bytes before the JSON header of a safetensors file: its length."""
 
@@ -90,6 +94,9 @@ def read_language(folder: Path, weights_file: str = WEIGHTS_FILE) -> PolicyLangu
         UserError: It is no policy, damaged, unsafe, of another version, or made for another observation or action
             table; says which file.
     """
+    if not os.path.lexists(folder / CONFIG_FILE):  # first, because a folder that is no policy may be a whole disk
+        where = str(folder / CONFIG_FILE)
+        raise UserError("the policy has no readable config", expected=CONFIG_FILE, got="no such file", where=where)
     check_folder(folder)
     config = _read_config(folder / CONFIG_FILE)
     if (config.kind == "hold") == (folder / weights_file).exists():
@@ -104,27 +111,49 @@ def read_language(folder: Path, weights_file: str = WEIGHTS_FILE) -> PolicyLangu
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses links that lead out of the folder, and pickles.
+    """Refuses links that lead out of the folder or nowhere, pipes and devices, pickles, and files without access.
 
     Raises:
         UserError: Says which file.
     """
     root = _root(folder)
     for path in sorted(folder.rglob("*")):
-        if not path.resolve().is_relative_to(root):
+        try:
+            _check_file(path, root)
+        except (OSError, RuntimeError) as error:  # the latter where links lead in a circle
             raise UserError(
-                "a file of the policy lies outside of its folder",
+                "a file of the policy cannot be read",
                 where=str(path),
-                expected="files, or links that stay inside",
-                got=f"a link to {path.resolve()}",
-            )
-        if path.is_file() and _is_pickle(path):
-            raise UserError(
-                "the policy folder holds a pickle, which can run any code when it is read",
-                where=str(path),
-                expected="JSON and safetensors files alone",
-                got=path.name,
-            )
+                expected="files that everyone who uses the policy may read",
+                got=getattr(error, "strerror", None) or str(error),
+            ) from error
+
+
+def _check_file(path: Path, root: Path) -> None:
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root):
+        raise UserError(
+            "a file of the policy lies outside of its folder",
+            where=str(path),
+            expected="files, or links that stay inside",
+            got=f"a link to {resolved}",
+        )
+    if path.is_dir():
+        return
+    if not path.is_file():  # to read from a pipe would wait for ever
+        raise UserError(
+            "not a file",
+            where=str(path),
+            expected="files and folders alone",
+            got="a link to nothing" if path.is_symlink() else "a pipe, a socket or a device",
+        )
+    if _is_pickle(path):
+        raise UserError(
+            "the policy folder holds a pickle, which can run any code when it is read",
+            where=str(path),
+            expected="JSON and safetensors files alone",
+            got=path.name,
+        )
 
 
 def _root(folder: Path) -> Path:
@@ -153,13 +182,22 @@ def _read_config(path: Path) -> PolicyConfig:
         raise UserError(
             "the policy is of another version",
             expected=f"schema_version {SCHEMA_VERSION}",
-            got=version,
+            got=shortened(repr(version)),
             where=str(path),
         )
     try:
-        return PolicyConfig.model_validate(values)
+        config = PolicyConfig.model_validate(values)
     except ValidationError as error:
         raise UserError("the policy's config does not fit its schema", got=_told(error), where=str(path)) from error
+    name = config.provenance.get("name", CONFIG_FILE)
+    if not isinstance(name, str) or not is_line(name):
+        raise UserError(
+            "the policy's name is none",
+            where=f"{path}, provenance.name",
+            expected=f"at most {_LONGEST_NAME} printable characters",
+            got=shortened(repr(name)),
+        )
+    return config
 
 
 def _read_text(path: Path) -> str:
@@ -178,7 +216,7 @@ def _read_text(path: Path) -> str:
             "the policy has no readable config", expected=CONFIG_FILE, got=error.strerror, where=str(path)
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError("the policy's config is not JSON", got=str(error), where=str(path)) from error
+        raise UserError("the policy's config is not JSON", got=shortened(str(error)), where=str(path)) from error
 
 
 def _parse_json(text: str, path: Path) -> Any:
@@ -191,11 +229,13 @@ def _parse_json(text: str, path: Path) -> Any:
         return values
 
     try:
-        return json.loads(text, object_pairs_hook=refuse_repeats)
+        values = json.loads(text, object_pairs_hook=refuse_repeats)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written down anywhere
+        return values
     except RecursionError as error:
         raise UserError("the policy's config is not JSON", got="too many nested brackets", where=str(path)) from error
     except ValueError as error:
-        raise UserError("the policy's config is not JSON", got=str(error), where=str(path)) from error
+        raise UserError("the policy's config is not JSON", got=shortened(str(error)), where=str(path)) from error
 
 
 def _read_table(config: PolicyConfig, folder: Path) -> ActionTable:
@@ -203,13 +243,11 @@ def _read_table(config: PolicyConfig, folder: Path) -> ActionTable:
     try:
         table = ActionTable.from_dict(config.action_table)
         written = json.loads(json.dumps(table.to_dict()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError("the policy's action table cannot be read", got=repr(error), where=where) from error
-    if (
-        written != config.action_table
-        or "hold" not in table.names
-        or table.default_level not in range(len(table.levels))
-    ):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError("the policy's action table cannot be read", got=shortened(repr(error)), where=where) from error
+    if defect := table_defect(table):
+        raise UserError("the policy's action table cannot be used", expected=defect, got="others", where=where)
+    if written != config.action_table:
         raise UserError(
             "the policy's action table cannot be read",
             expected="the keys and values that ActionTable.to_dict writes",
@@ -219,8 +257,8 @@ def _read_table(config: PolicyConfig, folder: Path) -> ActionTable:
     if table.hash != config.action_table_hash:
         raise UserError(
             "the policy's action table was changed after training",
-            expected=config.action_table_hash,
-            got=table.hash,
+            expected=shortened(repr(config.action_table_hash)),
+            got=repr(table.hash),
             where=where,
         )
     return table
@@ -236,7 +274,9 @@ def _read_spec(config: PolicyConfig, table: ActionTable, folder: Path) -> Observ
         raise UserError(
             "the policy was made for another observation",
             expected=f"version {OBSERVATION_VERSION}, hash {spec.hash if spec else 'of a valid stack'}",
-            got=f"version {config.observation.get('version')}, hash {config.observation_hash}, {size} entries",
+            got=shortened(
+                f"version {config.observation.get('version')!r}, hash {config.observation_hash!r}, {size} entries"
+            ),
             where=str(folder / CONFIG_FILE),
         )
     return spec
@@ -249,7 +289,7 @@ def _read_settings(config: PolicyConfig, folder: Path) -> ScheduleSettings:
         raise UserError(
             "the policy's schedule settings cannot be read",
             expected=f"the keys {', '.join(sorted(wanted))}",
-            got=", ".join(sorted(config.schedule)) or "none",
+            got=shortened(", ".join(sorted(map(repr, config.schedule))) or "none"),
             where=where,
         )
     try:
@@ -258,5 +298,38 @@ def _read_settings(config: PolicyConfig, folder: Path) -> ScheduleSettings:
         raise UserError("the policy's schedule settings cannot be read", got=_told(error), where=where) from error
 
 
+def table_defect(table: ActionTable) -> str | None:
+    """What an action table lacks to steer a job by; None where it lacks nothing.
+
+    >>> table_defect(ActionTable("mine", LevelUnit.GIVEN_RATE, (1.0, -2.0), 0, (ScheduleAction("hold"),)))
+    'levels above zero, ascending and finite'
+    """
+    levels, places = table.levels, range(len(table.levels))
+    ascending = all(low < high for low, high in itertools.pairwise((0.0, *levels, math.inf)))
+    names = [table.name, *table.names]
+    moves = [action.move for action in table.actions]
+    jumps = [action.level for action in table.actions if action.level is not None]
+    checks = (
+        (ascending and levels, "levels above zero, ascending and finite"),
+        (table.default_level in places, "a default level on the grid"),
+        (all(isinstance(name, str) and is_line(name) for name in names), "names of printable characters"),
+        (len(set(map(str, table.names))) == len(table.names), "a name of its own for every action"),
+        ("hold" in table.names, "an action 'hold'"),
+        (all(abs(move) < len(levels) for move in moves), "moves that are shorter than the grid"),
+        (all(type(jump) is int and jump in places for jump in jumps), "jumps to places of the grid"),
+    )
+    return next((wanted for fits, wanted in checks if not fits), None)
+
+
+def is_line(text: str) -> bool:
+    """Whether a terminal shows a text as it is: nothing moves its cursor or colours what follows."""
+    return 0 < len(text) <= _LONGEST_NAME and text.isprintable()
+
+
+def shortened(text: str) -> str:
+    """A message that a file's content has part in, of readable length."""
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} .."
+
+
 def _told(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    return shortened("; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()))

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.network_shapes import check_shapes
 from llmrl.dqn.numpy_network import NumpyNetwork
-from llmrl.policy_decision import PolicyDecision, check_observation, greedy_decision
+from llmrl.policy_decision import PolicyDecision, check_observation, finite_values, greedy_decision
 from llmrl.policy_files import PolicyLanguage, read_language
 
 ARRAYS_FILE, NETWORK_FILE = "network.npz", "network.json"
@@ -78,7 +78,10 @@ class NumpyPolicy:
         try:
             config = NetworkConfig.model_validate_json((folder / NETWORK_FILE).read_text(encoding="utf-8"))
             tensors = read_arrays(folder / ARRAYS_FILE)
-            return cls(language, config, tensors)
+            policy = cls(language, config, tensors)
+            if not finite_values(policy.act, policy.spec, policy.table):
+                raise ValueError("network: expected finite values, got infinity or NaN")
+            return policy
         except (OSError, ValueError, ValidationError, zipfile.BadZipFile, EOFError, KeyError) as error:
             raise UserError(
                 "the exported network cannot be read",

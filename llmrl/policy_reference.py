@@ -25,6 +25,7 @@ HOLD, DEFAULT = "hold", "default"
 WANDB_PREFIX = "wandb:"
 FORMS = "a folder, a Hub id (owner/name), wandb:entity/project/name:alias, 'default' or 'hold'"
 
+_LONGEST = 200
 _HUB_ID = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?$")
 _WANDB_NAME = re.compile(r"^(?P<entity>[\w.-]+)/(?P<project>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<alias>[\w.-]+))?$")
 
@@ -69,20 +70,30 @@ def parse_reference(text: Path | str, *, where: str = "--policy") -> PolicyRefer
         return PolicyReference(ReferenceKind(written), written)
     if written.startswith(WANDB_PREFIX):
         return _parse_wandb(written, where)
-    folder = Path(written).expanduser()
-    if written and folder.is_dir():
+    try:
+        folder = Path(written).expanduser()
+        exists, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of nobody
+        raise UserError("no policy folder there", expected=FORMS, got=_shown(written), where=where) from error
+    if written and is_folder:
         return PolicyReference(ReferenceKind.FOLDER, str(folder))
     match = _HUB_ID.match(written)
-    if match is None or folder.exists() or isinstance(text, Path):
-        raise UserError("no policy folder there", expected=FORMS, got=written or "nothing", where=where)
+    if match is None or exists or isinstance(text, Path):
+        raise UserError("no policy folder there", expected=FORMS, got=_shown(written), where=where)
     return PolicyReference(ReferenceKind.HUB, match["id"], match["revision"])
+
+
+def _shown(written: str) -> str:
+    """What was written, so that a terminal can show it."""
+    text = written if written.isprintable() else ascii(written)
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..") or "nothing"
 
 
 def _parse_wandb(written: str, where: str) -> PolicyReference:
     match = _WANDB_NAME.match(written.removeprefix(WANDB_PREFIX))
     if match is None:
         raise UserError(
-            "not the name of an artifact", expected="wandb:entity/project/name:alias", got=written, where=where
+            "not the name of an artifact", expected="wandb:entity/project/name:alias", got=_shown(written), where=where
         )
     name = f"{match['entity']}/{match['project']}/{match['name']}:{match['alias'] or 'latest'}"
     return PolicyReference(ReferenceKind.WANDB, name)

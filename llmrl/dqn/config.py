@@ -20,7 +20,7 @@ PUBLISHED_RMSPROP_EPSILON = 0.01 / 32**2
 class NetworkConfig(BaseModel):
     """Shape of a Q-network; plain JSON, stored beside the weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     obs_shape: tuple[int, ...] = Field(min_length=1, description="[O] for vectors, [C, H, W] for images")
     num_actions: int = Field(ge=1)

@@ -22,13 +22,7 @@ from torch import Tensor
 from llmrl.hosts.accelerate import AcceleratorContext, found_by_first
 from llmrl.hosts.job_state import JobState
 from llmrl.run_directory import to_json_value
-from llmrl.training.checkpoint import (
-    CHECKPOINTS,
-    newest_whole_checkpoint,
-    read_state,
-    save_checkpoint,
-    unfinished_checkpoint,
-)
+from llmrl.training.checkpoint import CHECKPOINTS, newest_whole_checkpoint, read_state, save_together
 
 SHARED = "shared.safetensors"
 
@@ -62,27 +56,15 @@ class JobCheckpoints:
             UserError: A process does not see the folder of the first.
             OSError: The disk is full or not writable; earlier checkpoints are untouched.
         """
-        rank, part = self._context.rank, unfinished_checkpoint(self._directory, num_decisions)
+        rank = self._context.rank
 
         def write(folder: Path) -> None:
-            self._meet()  # the folder is there
-            if not folder.is_dir():
-                raise UserError(
-                    "the run directory is not the same one for all processes",
-                    where=str(folder),
-                    expected="a directory that all machines share",
-                )
             if rank == 0 and state.shared:
                 save_file(_whole(state.shared), folder / SHARED)
             save_file(_whole(state.own), folder / _own_file(rank))
-            self._meet()  # every file is written
 
-        if rank == 0:
-            values = {"job": self._identity, "processes": self._context.world_size, "state": state.values}
-            save_checkpoint(self._directory, num_decisions, values, write)
-        else:
-            write(part)
-        self._meet()
+        values = {"job": self._identity, "processes": self._context.world_size, "state": state.values}
+        save_together(self._directory, num_decisions, values, write, rank=rank, meet=self._meet)
 
     def load(self) -> JobState | None:
         """The newest checkpoint as this process needs it; None where there is none.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from llmrl_envs.errors import UserError
@@ -21,7 +20,7 @@ from llmrl_envs.jobs.passes import JobPasses, nan_unless_finite
 from llmrl_envs.jobs.precision import Precision
 from llmrl_envs.jobs.session import current_random_state, own_random_state, seeded_random_state
 from llmrl_envs.jobs.task import FineTuningTask
-from torch import Tensor, nn
+from torch import nn
 
 from llmrl.controller import ScheduleController
 from llmrl.decisions import DecisionRecord
@@ -38,6 +37,7 @@ from llmrl.hosts.job_state import (
 )
 from llmrl.hosts.result import JobResult
 from llmrl.live.capabilities import Distribution, find_distribution
+from llmrl.live.snapshots import SnapshotPlace
 from llmrl.policy import SchedulePolicy
 
 _COUNTS = ("seconds", "tokens_trained", "tokens_evaluated")
@@ -89,102 +89,153 @@ def run_sharded_job(
 
     The job's model is shared out from here on, and its parameters are this process's shards.
     """
-    job.restore_initial_weights()
-    passes = JobPasses(job, seed, context, Precision(job.task.precision, job.device))
-    model, optimizer = context.prepare_sharded(job, build_optimizer(job.loaded.trainable, job.task.optimizer))
-    result = _result_so_far(saved) if saved is not None else _fresh_result(passes)
-
-    def note(record: DecisionRecord) -> None:
-        if validate:
-            found = passes.evaluate("validation")
-            record = replace(record, validation_loss=found.loss)
-            result.tokens_evaluated += found.num_tokens
-            model.train()
-        result.records.append(record)
-        if on_decision is not None:
-            on_decision(record)
-
-    controller = ScheduleController(
-        policy, settings=settings, guarded=guarded, snapshots="memory" if guarded else "auto", on_decision=note
-    )
-    began = time.perf_counter() - result.seconds
-    controller.attach(
-        model,
-        optimizer,
-        context.accelerator,
-        total_steps=job.task.steps,
-        max_grad_norm=job.task.optimizer.max_grad_norm,
-        base_rates=(learning_rate,) * len(optimizer.param_groups),
-    )
-    generators = seeded_random_state(seed + 7919 * context.rank, job.device)
+    under_way = _SharedJob(job, context, seed=seed, saved=saved, validate=validate, on_decision=on_decision)
+    under_way.steer(policy, learning_rate=learning_rate, settings=settings, guarded=guarded)
     if saved is not None:
-        generators = _resume(saved, controller, context.accelerator)
-    if on_decision is not None:
-        for record in result.records:
-            on_decision(record)
-    model.train()
-    with own_random_state(generators, job.device):
-        for step in range(controller.job.step, job.task.steps):
-            num_decisions = len(result.records)
-            result.tokens_trained += _train_step(step, passes, model, optimizer, controller, context.accelerator)
-            if checkpoints is not None and num_decisions < len(result.records) and checkpoints.due(num_decisions + 1):
-                result.seconds = time.perf_counter() - began
-                checkpoints.save(num_decisions + 1, _state(result, controller, context.accelerator))
-    result.seconds = time.perf_counter() - began
-    result.final = passes.evaluate("test")
-    return result
+        under_way.resume(saved)
+    under_way.tell_again()
+    under_way.train(checkpoints)
+    return under_way.finish()
 
 
-def _fresh_result(passes: JobPasses) -> JobResult:
-    initial = passes.evaluate("test")
-    return JobResult(initial, initial)
+class _SharedJob:
+    """A job under way.
+
+    Args:
+        job: Its model is shared out from here on.
+        context: The processes that share it.
+        seed: Data order and dropout.
+        saved: The job's earlier part.
+        validate: Measure the validation loss at every decision.
+        on_decision: Called with every decision.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        context: AcceleratorContext,
+        *,
+        seed: int,
+        saved: JobState | None,
+        validate: bool,
+        on_decision: Callable[[DecisionRecord], None] | None,
+    ) -> None:
+        job.restore_initial_weights()
+        self._job = job
+        self._accelerator = context.accelerator
+        self._validate, self._on_decision = validate, on_decision
+        self._passes = JobPasses(job, seed, context, Precision(job.task.precision, job.device))
+        optimizer = build_optimizer(job.loaded.trainable, job.task.optimizer)
+        self._model, self._optimizer = context.prepare_sharded(job, optimizer)
+        self._generators = seeded_random_state(seed + 7919 * context.rank, job.device)
+        self._result = self._fresh_result() if saved is None else _result_so_far(saved)
+        self._began = time.perf_counter() - self._result.seconds
+        self._controller: ScheduleController
+
+    def _fresh_result(self) -> JobResult:
+        initial = self._passes.evaluate("test")
+        return JobResult(initial, initial)
+
+    def steer(
+        self, policy: SchedulePolicy, *, learning_rate: float, settings: ScheduleSettings | None, guarded: bool
+    ) -> None:
+        """Puts the job under a policy."""
+        snapshots: SnapshotPlace = "memory" if guarded else "auto"
+        self._controller = ScheduleController(
+            policy, settings=settings, guarded=guarded, snapshots=snapshots, on_decision=self._note
+        )
+        self._controller.attach(
+            self._model,
+            self._optimizer,
+            self._accelerator,
+            total_steps=self._job.task.steps,
+            max_grad_norm=self._job.task.optimizer.max_grad_norm,
+            base_rates=(learning_rate,) * len(self._optimizer.param_groups),
+        )
+
+    def _note(self, record: DecisionRecord) -> None:
+        if self._validate:
+            found = self._passes.evaluate("validation")
+            record = replace(record, validation_loss=found.loss)
+            self._result.tokens_evaluated += found.num_tokens
+            self._model.train()
+        self._result.records.append(record)
+        if self._on_decision is not None:
+            self._on_decision(record)
+
+    def resume(self, saved: JobState) -> None:
+        """Takes the job to where `_state` was taken."""
+        self._controller.job.load_share(saved.own)
+        self._controller.load_state_dict(as_tensors(saved.values["controller"]))
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(saved.values["loss_scale"])
+        self._generators = {
+            name.removeprefix(_GENERATOR): t for name, t in saved.own.items() if name.startswith(_GENERATOR)
+        }
+
+    def tell_again(self) -> None:
+        """Tells of the decisions that were taken before the job was resumed."""
+        if self._on_decision is not None:
+            for record in self._result.records:
+                self._on_decision(record)
+
+    def train(self, checkpoints: JobCheckpoints | None) -> None:
+        """Goes on to the end of the budget."""
+        self._model.train()
+        result = self._result
+        with own_random_state(self._generators, self._job.device):
+            for step in range(self._controller.job.step, self._job.task.steps):
+                num_decisions = len(result.records)
+                result.tokens_trained += self._train_step(step)
+                if (
+                    checkpoints is not None
+                    and num_decisions < len(result.records)
+                    and checkpoints.due(num_decisions + 1)
+                ):
+                    checkpoints.save(num_decisions + 1, self._state())
+
+    def _train_step(self, step: int) -> int:
+        """One optimizer step; returns its tokens."""
+        accelerator, controller = self._accelerator, self._controller
+        loss, tokens = torch.zeros((), device=accelerator.device), 0
+        for batch in self._passes.micro_batches(step):
+            with accelerator.accumulate(self._model):
+                part = self._passes.training_loss(self._model, batch)
+                loss += part.detach()
+                tokens += batch.num_tokens
+                # Whoever runs the backward pass divides by the number of micro-batches, whose weights add up already.
+                accelerator.backward(nan_unless_finite(part) * accelerator.gradient_accumulation_steps)
+                if batch.last:
+                    controller.before_step(loss)
+                self._optimizer.step()
+                if batch.last:
+                    controller.after_step()
+                self._optimizer.zero_grad()
+        return tokens
+
+    def _state(self) -> JobState:
+        """The job between two steps, as this process holds it."""
+        self._result.seconds = time.perf_counter() - self._began
+        generators = current_random_state(self._accelerator.device)
+        scaler = self._accelerator.scaler
+        values = {
+            "controller": as_arrays(self._controller.state_dict()),
+            "initial": evaluation_state(self._result.initial),
+            "records": records_state(self._result.records),
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+            **{name: getattr(self._result, name) for name in _COUNTS},
+        }
+        own = self._controller.job.share() | {_GENERATOR + name: state for name, state in generators.items()}
+        return JobState(values, own=own)
+
+    def finish(self) -> JobResult:
+        """What came out."""
+        self._result.seconds = time.perf_counter() - self._began
+        self._result.final = self._passes.evaluate("test")
+        return self._result
 
 
 def _result_so_far(saved: JobState) -> JobResult:
     initial = restored_evaluation(saved.values["initial"])
     counts = {name: saved.values[name] for name in _COUNTS}
     return JobResult(initial, initial, restored_records(saved.values["records"]), **counts)
-
-
-def _state(result: JobResult, controller: ScheduleController, accelerator: Any) -> JobState:
-    """The job between two steps, as this process holds it."""
-    generators = current_random_state(accelerator.device)
-    values = {
-        "controller": as_arrays(controller.state_dict()),
-        "initial": evaluation_state(result.initial),
-        "records": records_state(result.records),
-        "loss_scale": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-        **{name: getattr(result, name) for name in _COUNTS},
-    }
-    own = controller.job.share() | {_GENERATOR + name: state for name, state in generators.items()}
-    return JobState(values, own=own)
-
-
-def _resume(saved: JobState, controller: ScheduleController, accelerator: Any) -> dict[str, Tensor]:
-    """Takes the job to where `_state` was taken; returns the generators' states."""
-    controller.job.load_share(saved.own)
-    controller.load_state_dict(as_tensors(saved.values["controller"]))
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(saved.values["loss_scale"])
-    return {name.removeprefix(_GENERATOR): t for name, t in saved.own.items() if name.startswith(_GENERATOR)}
-
-
-def _train_step(
-    step: int, passes: JobPasses, model: Any, optimizer: Any, controller: ScheduleController, accelerator: Any
-) -> int:
-    """One optimizer step; returns its tokens."""
-    loss, tokens = torch.zeros((), device=accelerator.device), 0
-    for batch in passes.micro_batches(step):
-        with accelerator.accumulate(model):
-            part = passes.training_loss(model, batch)
-            loss += part.detach()
-            tokens += batch.num_tokens
-            # Whoever runs the backward pass divides by the number of micro-batches, whose weights add up already.
-            accelerator.backward(nan_unless_finite(part) * accelerator.gradient_accumulation_steps)
-            if batch.last:
-                controller.before_step(loss)
-            optimizer.step()
-            if batch.last:
-                controller.after_step()
-            optimizer.zero_grad()
-    return tokens

@@ -234,7 +234,6 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
 
     def _prepare_step(self, args: TrainingArguments, scheduler: ScheduleLR) -> None:
         job = self.controller.job
-        job.set_rates()
         scheduler.show(job.rates())
         if math.isfinite(job.clipping_norm):
             args.max_grad_norm = self._tightened = job.clipping_norm

@@ -19,7 +19,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.interface.statistics import empty_statistics
-from llmrl_envs.interface.updates import full_tensor
+from llmrl_envs.interface.tensor_sums import full_tensor
 from llmrl_envs.jobs.layers import lower_half
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -128,6 +128,7 @@ class LiveJob:
         self._active: list[Parameter] = []  # only in the interval's last step
         self._interval_rates: list[float]
         self._limit: float
+        self._frozen: bool
         self._decision: Decision
         self._begin(int(found.mode), found.trainable_fraction)
         if self._processes.rank == 0:
@@ -199,7 +200,7 @@ class LiveJob:
 
     def freeze(self) -> None:
         """Drops the gradients of what is frozen, so that its weights and moments stand still."""
-        if bool(self.loop.schedule.frozen[0]):
+        if self._frozen:
             for name in self._lower_half:
                 self._parameters[name].grad = None
 
@@ -297,6 +298,7 @@ class LiveJob:
         """Works out what the steps of the decision's interval are asked for several times each."""
         self._interval_rates = self.loop.learning_rates(self.step - self._done)
         self._limit = self._options.max_grad_norm * float(self.loop.schedule.clipping_factor()[0])
+        self._frozen = bool(self.loop.schedule.frozen[0])
 
     def _rate(self) -> float:
         """The next step's common rate."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from llmrl_envs.interface.updates import local_shard
+from llmrl_envs.interface.tensor_sums import local_shard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter

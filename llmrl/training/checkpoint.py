@@ -45,7 +45,7 @@ def save_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"{number:09d}"
-    part = unfinished_checkpoint(directory, number)
+    part = _unfinished(directory, number)
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
@@ -67,7 +67,49 @@ def save_checkpoint(
     return final
 
 
-def unfinished_checkpoint(directory: Path, number: int) -> Path:
+def save_together(
+    directory: Path,
+    number: int,
+    state: dict[str, Any],
+    write_files: Callable[[Path], None],
+    *,
+    rank: int,
+    meet: Callable[[], object],
+) -> None:
+    """Writes checkpoint `number` together with other processes, each its own files, and the first one the state.
+
+    Args:
+        directory: Where checkpoints live, the same for all processes.
+        number: Grows with every checkpoint of a run.
+        state: As for `save_checkpoint`; only that of the first process counts.
+        write_files: Writes this process's files into the folder that it is given.
+        rank: Of this process.
+        meet: Waits for all processes; raises where another one has failed.
+
+    Raises:
+        UserError: A process does not see the folder of the first: the directory is not shared.
+        OSError: The disk is full or not writable; earlier checkpoints are untouched.
+    """
+
+    def write(folder: Path) -> None:
+        meet()  # the folder is there
+        if not folder.is_dir():
+            raise UserError(
+                "the run directory is not the same one for all processes",
+                where=str(folder),
+                expected="a directory that all machines share",
+            )
+        write_files(folder)
+        meet()  # every file is written
+
+    if rank == 0:
+        save_checkpoint(directory, number, state, write)
+    else:
+        write(_unfinished(directory, number))
+    meet()
+
+
+def _unfinished(directory: Path, number: int) -> Path:
     """Where checkpoint `number` is made."""
     return directory / f".{number:09d}.part"
 

@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llmrl_envs.errors import UserError
 
 from llmrl.dqn.agent import Agent, DQNAgent
 from llmrl.dqn.collector import Collector
-from llmrl.training.checkpoint import (
-    agent_folder,
-    latest_checkpoint,
-    read_state,
-    save_checkpoint,
-    unfinished_checkpoint,
-)
+from llmrl.training.checkpoint import agent_folder, latest_checkpoint, read_state, save_together
 from llmrl.training.processes import Processes
 
 
@@ -57,24 +50,15 @@ def save_run(directory: Path, number: int, state: RunState, agent: Agent, proces
         UserError: A process does not see the folder of the first: the run directory is not shared.
         OSError: The disk is full or not writable; earlier checkpoints are untouched.
     """
-    rank, part = processes.rank, unfinished_checkpoint(directory, number)
-
-    def write(folder: Path) -> None:
-        processes.exchange()  # the folder is there
-        if not folder.is_dir():
-            raise UserError(
-                "the run directory is not the same one for all processes",
-                where=str(folder),
-                expected="a directory that all machines share",
-            )
-        agent.save(agent_folder(folder, rank))
-        processes.exchange()  # every agent is written
-
-    if rank == 0:
-        save_checkpoint(directory, number, vars(state), write)
-    else:
-        write(part)
-    processes.exchange()
+    rank = processes.rank
+    save_together(
+        directory,
+        number,
+        vars(state),
+        lambda folder: agent.save(agent_folder(folder, rank)),
+        rank=rank,
+        meet=processes.exchange,
+    )
 
 
 def load_run(directory: Path, agent: Agent, collector: Collector, processes: Processes) -> RunState | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from safetensors import safe_open
@@ -355,3 +356,148 @@ def test_a_policy_holds_where_it_says_that_it_does_harm(tmp_path: Path, wrapped:
     holding = read.for_model(classifier)
     assert (holding.network, holding.settings, holding.name) == (None, ScheduleSettings(), "careful")
     assert "holds there" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+# -- what a stranger could put into a folder --------------------------------------------------------------------------
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def a_circle(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
+def a_dead_end(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("nothing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "anything"])
+@pytest.mark.parametrize("put", [a_pipe, a_circle, a_dead_end])
+def test_what_is_no_file_is_refused_and_not_waited_for(folder: Path, name: str, put: Callable[[Path], None]) -> None:
+    put(folder / name)
+    with pytest.raises(UserError, match=r"not a file|cannot be read") as caught:
+        SchedulePolicy.from_pretrained(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_a_folder_that_is_no_policy_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a whole disk."""
+    monkeypatch.delattr(Path, "rglob")
+    with pytest.raises(UserError, match="no readable config"):
+        SchedulePolicy.from_pretrained(tmp_path)
+
+
+def test_a_file_without_access_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests as root may read everything, so the system's answer is made up."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("llmrl.policy_files._is_pickle", refuse)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        SchedulePolicy.from_pretrained(folder)
+    assert "Permission denied" in str(caught.value)
+
+
+def edit_table(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the action table, and whatever is derived from it, as one would who knows the format."""
+    values = json.loads((folder / "config.json").read_text())
+    change(values["action_table"])
+    table = ActionTable.from_dict(values["action_table"])
+    spec = ObservationSpec(table)
+    edit(
+        folder,
+        action_table=json.loads(json.dumps(table.to_dict())),
+        action_table_hash=table.hash,
+        observation=spec.to_dict(),
+        observation_hash=spec.hash,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda table: table["levels"].__setitem__(0, -1.0), "levels above zero"),
+        (lambda table: table["levels"].__setitem__(0, float("nan")), "levels above zero"),
+        (lambda table: table["levels"].__setitem__(8, float("inf")), "levels above zero"),
+        (lambda table: table["levels"].reverse(), "levels above zero"),
+        (lambda table: table["levels"].clear(), "levels above zero"),
+        (lambda table: table.update(default_level=-1), "default level on the grid"),
+        (lambda table: table["actions"][0].update(move=10**30), "shorter than the grid"),
+        (lambda table: table["actions"][0].update(level=9), "jumps to places"),
+        (lambda table: table["actions"][0].update(level="3"), "jumps to places"),
+        (lambda table: table["actions"][0].update(level=[1]), "jumps to places"),
+        (lambda table: table["actions"][0].update(name=3), "printable"),
+        (lambda table: table["actions"][0].update(name="\x1b[2J"), "printable"),
+        (lambda table: table["actions"][0].update(name="hold"), "name of its own"),
+        (lambda table: table["actions"][2].update(name="stay"), "'hold'"),
+    ],
+)
+def test_an_action_table_that_cannot_steer_is_refused_though_its_digests_are_right(
+    folder: Path, change: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    edit_table(folder, change)
+    with pytest.raises(UserError, match=told):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_a_level_that_no_number_holds_is_refused(folder: Path) -> None:
+    table = json.loads((folder / "config.json").read_text())["action_table"]
+    table["levels"][0] = 10**400
+    edit(folder, action_table=table)
+    with pytest.raises(UserError, match="action table cannot be read"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [5, "", "a" * 201, "two\nlines", "\x1b[31mred", {"a": 1}])
+def test_a_name_that_is_none_is_refused(folder: Path, name: object) -> None:
+    edit(folder, provenance={"name": name})
+    with pytest.raises(UserError, match="the policy's name is none"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_text_that_cannot_be_written_down_is_refused(folder: Path) -> None:
+    edit(folder, provenance={"name": "mine", "note": "\ud800"})
+    with pytest.raises(UserError, match=r"(?s)not JSON.*surrogates"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_a_number_of_rollbacks_that_no_array_holds_is_refused(folder: Path) -> None:
+    schedule = json.loads((folder / "config.json").read_text())["schedule"]
+    edit(folder, schedule={**schedule, "rollbacks": 10**30})
+    with pytest.raises(UserError, match=r"(?s)schedule.*0 to 1000000"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_weights_whose_sums_overflow_are_refused(folder: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.fill_(3e38)
+
+    change_tensors(folder, enlarge)
+    with pytest.raises(UserError, match="values are not finite"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["value_min", "value_max", "default_action_margin", "noisy_scale"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_of_the_networks_configuration_are_finite(folder: Path, key: str, number: float) -> None:
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["network_config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"network_config": json.dumps({**config, key: number})})
+    with pytest.raises(UserError, match="weights cannot be read"):
+        SchedulePolicy.from_pretrained(folder)
+
+
+def test_a_message_stays_readable_whatever_the_file_holds(folder: Path) -> None:
+    edit(folder, **{f"key{index}": "x" * 1000 for index in range(1000)})
+    with pytest.raises(UserError) as caught:
+        SchedulePolicy.from_pretrained(folder)
+    assert len(str(caught.value)) < 2000

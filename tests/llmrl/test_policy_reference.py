@@ -44,13 +44,19 @@ def test_a_folder_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "text",
-    ["", "nowhere", "./owner/name", "/no/such/policy", "a/b/c", "../up", "owner/name@", "-x/name", "owner/na me"],
-)
+    [
+        "", "nowhere", "./owner/name", "/no/such/policy", "a/b/c", "../up", "owner/name@", "-x/name", "owner/na me",
+        "~nobody.of.that.name/x", "a" * 5000, "a/" * 3000, "two\nlines", "\udcff", "\0",
+    ],
+    ids=lambda text: ascii(text[:30]),
+)  # fmt: skip
 def test_what_is_none_of_the_forms_is_told(text: str) -> None:
     with pytest.raises(UserError, match="no policy folder") as caught:
         parse_reference(text, where="callbacks")
     assert "callbacks" in str(caught.value)
     assert "owner/name" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    str(caught.value).encode()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ last step only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,19 +17,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llmrl_envs.interface.statistics import TrainingStatistics, TuningMode
+from llmrl_envs.interface.tensor_sums import dot_products, full_tensor, local_shard, square_sum
 from llmrl_envs.interface.updates import (
     DifferenceUpdates,
     LowRankPair,
     MomentUpdates,
     UpdateMeasure,
     UpdateSource,
-    flat_shard,
-    full_tensor,
     level_parameters,
-    local_shard,
     pair_update_square,
     signal_to_noise,
-    square_sum,
 )
 
 __all__ = ["LowRankPair", "StatisticsRecorder"]
@@ -108,16 +106,10 @@ class StatisticsRecorder:
         active = list(active)
         if self._source == "difference":
             self._differences = DifferenceUpdates(active, learning_rate)
-        dots: list[Tensor] = []  # three for each parameter
-        for parameter in active:
-            average = self._optimizer.state[parameter].get("exp_avg")
-            if parameter.grad is None or average is None:
-                continue
-            momentum = flat_shard(average)
-            gradient = flat_shard(parameter.grad).to(momentum.dtype)
-            dots += (torch.dot(gradient, momentum), torch.dot(gradient, gradient), torch.dot(momentum, momentum))
-        if dots:
-            sums = self._summed(torch.stack(dots).reshape(-1, 3).sum(dim=0))
+        averages = [self._optimizer.state[parameter].get("exp_avg") for parameter in active]
+        pairs = [(p.grad, m) for p, m in zip(active, averages, strict=True) if p.grad is not None and m is not None]
+        if pairs:
+            sums = self._summed(dot_products(pairs))
             dot, gradient_square, momentum_square = sums.unbind()
             self._probes[0] = dot / ((gradient_square * momentum_square).sqrt() + _EPSILON)
 
@@ -128,8 +120,8 @@ class StatisticsRecorder:
         *,
         learning_rate: float,
         max_gradient_norm: float,
-    ) -> Tensor:
-        """Notes one step, and returns whether its loss and gradient are finite, a scalar on the device.
+    ) -> Tensor | bool:
+        """Notes one step, and returns whether its loss and gradient are finite; on a device a scalar there.
 
         Args:
             loss: Mean loss of the step, a scalar on the device.
@@ -140,6 +132,21 @@ class StatisticsRecorder:
         position = len(self._learning_rates)
         if position >= self._steps.shape[0]:
             raise ValueError(f"interval: expected at most {self._steps.shape[0]} steps, got one more")
+        self._learning_rates.append(learning_rate)
+        self._limits.append(max_gradient_norm)
+        if self._steps.is_cpu:
+            return self._note_on_cpu(position, float(loss), None if gradient_norm is None else float(gradient_norm))
+        return self._note_on_device(position, loss, gradient_norm)
+
+    def _note_on_cpu(self, position: int, loss: float, gradient_norm: float | None) -> bool:
+        """In numbers, where nothing has to be waited for."""
+        finite = math.isfinite(loss) and (gradient_norm is None or math.isfinite(gradient_norm))
+        norm = math.nan if gradient_norm is None else gradient_norm
+        self._steps.numpy()[position] = loss, norm, 0.0 if finite else math.nan
+        return finite
+
+    def _note_on_device(self, position: int, loss: Tensor, gradient_norm: Tensor | None) -> Tensor:
+        """The same, without waiting."""
         told = [loss.detach()] if gradient_norm is None else [loss.detach(), gradient_norm.detach()]
         values = torch.stack(told)
         defect = (values * 0.0).sum()  # zero, or NaN where one is not finite
@@ -148,8 +155,6 @@ class StatisticsRecorder:
         if gradient_norm is None:
             row[_NORM] = float("nan")
         row[_SKIPPED] = defect
-        self._learning_rates.append(learning_rate)
-        self._limits.append(max_gradient_norm)
         return defect == 0.0
 
     def after_update(self, active: Iterable[Parameter], *, probe: bool) -> None:
@@ -175,8 +180,7 @@ class StatisticsRecorder:
         others = [p for p in plain if id(p) not in counted]
         squares = torch.zeros(2, device=self._probes.device)
         if sized:
-            weight = torch.stack([square_sum(p).float() for p in sized]).sum()
-            squares = torch.stack([measure.square(sized).float(), weight])
+            squares = torch.stack([measure.square(sized), square_sum(sized)])
         if others:  # they count in the moments' sums
             measure.square(others)
         update, weight = self._without_vectors(self._summed(squares), sized).unbind()
@@ -196,7 +200,7 @@ class StatisticsRecorder:
             return squares
         held = self._summed(torch.tensor(float(sum(p.numel() for p in flat)), device=squares.device))
         share = 1.0 - sum(p.numel() for p in self._flat_vectors) / held
-        vectors = torch.stack([square_sum(p).float() for p in self._flat_vectors]).sum()
+        vectors = square_sum(self._flat_vectors)
         return torch.stack([squares[0] * share, (squares[1] - vectors).clamp(min=0.0)])
 
     def _summed(self, tensor: Tensor) -> Tensor:

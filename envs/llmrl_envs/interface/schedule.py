@@ -38,6 +38,7 @@ It was measured on the effective change of the weights, which is what a level re
 the adapters' own norms instead (`level_norm="adapters"`, kept for comparison) gets the same factor, and wants more.
 """
 
+_MOST_ROLLBACKS = 10**6
 _SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
 
 
@@ -75,7 +76,7 @@ class ScheduleSettings:
             )
         for name, allowed, fits in (
             ("start", "default or given", self.start in ("default", "given")),
-            ("rollbacks", "0 or more", self.rollbacks >= 0),
+            ("rollbacks", f"0 to {_MOST_ROLLBACKS}", 0 <= self.rollbacks <= _MOST_ROLLBACKS),
             ("cooldown_progress", "a share of the budget in [0, 1]", 0.0 <= self.cooldown_progress <= 1.0),
             ("smoothing", "a weight in (0, 1]", 0.0 < self.smoothing <= 1.0),
         ):

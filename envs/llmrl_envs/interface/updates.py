@@ -1,23 +1,32 @@
-"""The optimizer's update at learning rate one, tensor by tensor: from Adam's moments, or from how the weights moved.
-
-Tensors may be shards (DTensors of FSDP2): elementwise results stay shards, and only sums travel between processes.
-"""
+"""The optimizer's update at learning rate one, tensor by tensor: from Adam's moments, or from how the weights moved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llmrl_envs.interface.tensor_sums import (
+    PIECE,
+    Array,
+    Part,
+    cpu_array,
+    cpu_dot,
+    flat_pieces,
+    flat_shard,
+    full_tensor,
+    square_sum,
+    total,
+    wide,
+)
+
 UpdateSource = Literal["moments", "difference"]
 _EPSILON = 1e-30
-_PIECE = 2**18
-"""Numbers that are measured together on a CPU: a megabyte, which stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +78,17 @@ class _Scaling:
     scale: Tensor | float
     correction1: Tensor | float
     correction2: Tensor | float
-    mean_squares: list[Tensor] = field(default_factory=list)
-    variances: list[Tensor] = field(default_factory=list)
+    mean_squares: list[Part] = field(default_factory=list)
+    variances: list[Part] = field(default_factory=list)
 
-    def add(self, mean: Tensor, variance: Tensor) -> None:
-        """Takes parts of the moments, one-dimensional, into their sums."""
-        self.mean_squares.append(torch.dot(mean, mean))
-        self.variances.append(variance.sum())
+    def add(self, mean_square: Part, variance: Part) -> None:
+        """Takes sums over parts of the moments into those of all."""
+        self.mean_squares.append(mean_square)
+        self.variances.append(variance)
 
     def sums(self) -> Tensor:
         """Of the bias-corrected squared means and the variances, [2]."""
-        mean_square = torch.stack(self.mean_squares).sum() / self.correction1**2
-        return torch.stack([mean_square, torch.stack(self.variances).sum() / self.correction2]).float()
+        return torch.stack([total(self.mean_squares) / self.correction1**2, total(self.variances) / self.correction2])
 
 
 class MomentUpdates:
@@ -99,6 +107,7 @@ class MomentUpdates:
             for p in group["params"]
         }
         self._scalings: dict[tuple[int, float | int], _Scaling] = {}
+        self._place: Array = np.empty(0)
 
     def update(self, parameter: Parameter) -> Tensor:
         """The update, of the parameter's shape."""
@@ -106,26 +115,47 @@ class MomentUpdates:
         scaling = self._scaling(parameter, state)
         if scaling is None:
             return torch.full_like(parameter, float("nan"))
-        mean, variance = _wide(state["exp_avg"]), _wide(state["exp_avg_sq"])
-        scaling.add(local_shard(mean).reshape(-1), local_shard(variance).reshape(-1))
+        mean, variance = wide(state["exp_avg"]), wide(state["exp_avg_sq"])
+        scaling.add(square_sum([mean]), flat_shard(variance).sum())
         return torch.div(mean, variance.sqrt().add_(scaling.epsilon)).mul_(scaling.scale)
 
     def square(self, parameters: Iterable[Parameter]) -> Tensor:
-        """Their sum of squares, piece by piece, so that no copy of a whole parameter is made."""
-        found: dict[int, tuple[_Scaling, list[Tensor]]] = {}
-        root = _SquareRoot()
+        """Their sum of squares."""
+        found: dict[int, tuple[_Scaling, list[Part]]] = {}
         for parameter in parameters:
             state = self._optimizer.state[parameter]
             scaling = self._scaling(parameter, state)
             if scaling is None:
                 return torch.full((), float("nan"), device=parameter.device)
-            squares = found.setdefault(id(scaling), (scaling, []))[1]
-            for mean, variance in zip(_pieces(state["exp_avg"]), _pieces(state["exp_avg_sq"]), strict=True):
-                scaling.add(mean, variance)
-                ratio = root(variance).add_(scaling.epsilon)
-                torch.div(mean, ratio, out=ratio)
-                squares.append(torch.dot(ratio, ratio))
-        return torch.stack([(torch.stack(parts).sum() * s.scale**2).float() for s, parts in found.values()]).sum()
+            mean, variance = state["exp_avg"], state["exp_avg_sq"]
+            means, variances = cpu_array(mean), cpu_array(variance)
+            found.setdefault(id(scaling), (scaling, []))[1].extend(
+                _device_squares(mean, variance, scaling)
+                if means is None or variances is None
+                else self._cpu_squares(means, variances, scaling)
+            )
+        return torch.stack([total(parts) * scaling.scale**2 for scaling, parts in found.values()]).sum()
+
+    def _cpu_squares(self, mean: Array, variance: Array, scaling: _Scaling) -> Iterator[Part]:
+        """The same as `_device_squares`."""
+        epsilon = float(scaling.epsilon)
+        for start in range(0, len(mean), PIECE):
+            means = mean[start : start + PIECE]
+            root = self._root(variance[start : start + PIECE])
+            scaling.add(cpu_dot(means, means), cpu_dot(root, root))  # the root is in the cache
+            root += epsilon
+            np.divide(means, root, out=root)
+            yield cpu_dot(root, root)
+
+    def _root(self, numbers: Array) -> Array:
+        """Square roots, which live until the next are asked for: in one place, so that no new pages are needed.
+
+        NumPy's: torch's take five times as long where numbers are zero, as the moments of unseen tokens are.
+        """
+        if len(self._place) < len(numbers) or self._place.dtype != numbers.dtype:
+            self._place = np.empty(PIECE, numbers.dtype)
+        found: Array = np.sqrt(numbers, out=self._place[: len(numbers)])
+        return found
 
     def _scaling(self, parameter: Parameter, state: Mapping[str, Any]) -> _Scaling | None:
         """None where the update is not known."""
@@ -170,15 +200,23 @@ class DifferenceUpdates:
         """The update, of the parameter's shape."""
         if self._learning_rate <= 0.0:
             return torch.full_like(parameter, float("nan"))
-        return (_wide(self._before[id(parameter)]) - _wide(parameter.detach())).div_(self._learning_rate)
+        return (wide(self._before[id(parameter)]) - wide(parameter.detach())).div_(self._learning_rate)
 
     def square(self, parameters: Iterable[Parameter]) -> Tensor:
         """Their sum of squares."""
-        return torch.stack([square_sum(self.update(parameter)).float() for parameter in parameters]).sum()
+        return square_sum(self.update(parameter) for parameter in parameters)
 
     def moment_sums(self) -> Tensor:
         """Not known, [2]."""
         return torch.full((2,), float("nan"))
+
+
+def _device_squares(mean: Tensor, variance: Tensor, scaling: _Scaling) -> Iterator[Part]:
+    """Sums of squares of parts of an update, before `scale`; takes the moments into their sums."""
+    for means, variances in zip(flat_pieces(mean), flat_pieces(variance), strict=True):
+        scaling.add(torch.dot(means, means), variances.sum())
+        update = means / variances.sqrt().add_(scaling.epsilon)
+        yield torch.dot(update, update)
 
 
 def level_parameters(parameters: Sequence[Parameter], *, has_pairs: bool = False) -> list[Parameter]:
@@ -193,61 +231,6 @@ def level_parameters(parameters: Sequence[Parameter], *, has_pairs: bool = False
     """
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     return matrices if matrices or has_pairs else list(parameters)
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    if type(tensor) is Tensor:  # the usual one; looking for what it has not takes longer
-        return tensor
-    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, the same on every process; any other tensor as it is."""
-    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
-
-
-def flat_shard(tensor: Tensor) -> Tensor:
-    """This process's part, flat and in numbers whose squares can be added up."""
-    return _wide(local_shard(tensor).reshape(-1))
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The same; on a CPU in pieces that stay in its cache, elsewhere whole."""
-    flat = local_shard(tensor).reshape(-1)
-    whole = flat.device.type != "cpu" or flat.numel() <= _PIECE
-    return map(_wide, (flat,) if whole else torch.split(flat, _PIECE))
-
-
-class _SquareRoot:
-    """Elementwise square roots; each lives until the next is asked for.
-
-    On a CPU NumPy takes them, because torch's take five times as long where numbers are zero, as are the moments of
-    embeddings whose tokens have not occurred; and they lie in one place, so that no new pages are asked for.
-    """
-
-    def __init__(self) -> None:
-        self._place: Tensor | None = None
-
-    def __call__(self, flat: Tensor) -> Tensor:
-        if flat.device.type != "cpu":
-            return flat.sqrt()
-        if self._place is None or self._place.dtype != flat.dtype:
-            self._place = torch.empty(_PIECE, dtype=flat.dtype)
-        root = self._place[: flat.numel()]
-        np.sqrt(flat.numpy(), out=root.numpy())
-        return root
-
-
-def square_sum(tensor: Tensor) -> Tensor:
-    """Sum of squares of this process's part, a scalar."""
-    flat = flat_shard(tensor.detach())
-    return torch.dot(flat, flat)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Half-precision numbers as float32, in which their squares can be added up; others as they are."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def pair_update_square(pair: LowRankPair, measure: UpdateMeasure) -> Tensor:

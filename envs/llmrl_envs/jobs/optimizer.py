@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from llmrl_envs.interface.updates import LowRankPair, full_tensor
+from llmrl_envs.interface.tensor_sums import full_tensor
+from llmrl_envs.interface.updates import LowRankPair
 
 if TYPE_CHECKING:
     from llmrl_envs.jobs.task import OptimizerSettings

@@ -210,7 +210,7 @@ def loss_of(path, examples):
 
 
 def outcome(model, controller, policy, rates, capabilities):
-    from llmrl_envs.interface.updates import full_tensor
+    from llmrl_envs.interface.tensor_sums import full_tensor
 
     return {
         "distribution": capabilities.distribution.value,

@@ -9,7 +9,7 @@ import torch
 from llmrl_envs.errors import UserError
 
 from llmrl import ScheduleController
-from llmrl.live.optimizers import check_optimizer
+from llmrl.live.optimizers import check_optimizer, skip_unless, take_steps_again
 
 STEPS = 24
 
@@ -98,3 +98,30 @@ def test_an_update_that_is_the_change_of_the_weights_is_refused_where_the_step_i
         ScheduleController.from_pretrained("hold").attach(
             model, torch.optim.NAdam(model.parameters()), accelerator, total_steps=8
         )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [bool, torch.tensor])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_does(fused, kind):
+    steered, plain = parameters(), parameters()
+    optimizers = [torch.optim.AdamW(one, fused=fused) for one in (steered, plain)]
+    for finite in (True, False, True):
+        for one in (steered, plain):
+            one[0].grad = torch.full((4, 4), 2.0 if finite else float("nan"))
+        skip_unless(kind(finite), optimizers[0], steered, scaled=False)
+        optimizers[0].step()
+        take_steps_again(optimizers[0])
+        if finite:
+            optimizers[1].step()
+    assert torch.equal(steered[0], plain[0])
+    states = [optimizer.state[one[0]] for optimizer, one in zip(optimizers, (steered, plain), strict=True)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_a_step_that_is_finite_takes_back_that_one_before_was_not():
+    """A host may not have told that it was over."""
+    optimizer = torch.optim.AdamW(parameters(), fused=True)
+    skip_unless(False, optimizer, [], scaled=False)
+    assert float(optimizer.found_inf) == 1.0
+    skip_unless(True, optimizer, [], scaled=False)
+    assert not hasattr(optimizer, "found_inf")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from llmrl_envs.interface import tensor_sums, updates
 from llmrl_envs.interface.recorder import LowRankPair, StatisticsRecorder
 from llmrl_envs.interface.statistics import TuningMode
 from torch.nn import Parameter
@@ -224,6 +225,18 @@ def test_an_interval_reports_each_step_as_it_was():
     assert (found.validation_loss[0], found.mode[0], found.trainable_fraction[0]) == (0.7, TuningMode.FULL, 0.5)
 
 
+@pytest.mark.parametrize("loss", [2.0, 1e-30, float("nan"), float("inf")])
+@pytest.mark.parametrize("norm", [None, 0.0, 3.5, float("nan"), float("-inf")])
+def test_a_step_is_noted_on_a_device_as_on_a_cpu(loss, norm):
+    job = Job([(5,)])
+    told = None if norm is None else torch.tensor(norm)
+    on_device = job.recorder._note_on_device(0, torch.tensor(loss), told)
+    on_cpu = job.recorder._note_on_cpu(1, float(torch.tensor(loss)), norm)
+    assert bool(on_device) is on_cpu is (math.isfinite(loss) and (norm is None or math.isfinite(norm)))
+    first, second = job.recorder._steps[:2]
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_an_interval_starts_empty():
     job = Job([(5,)])
     job.step()
@@ -388,8 +401,12 @@ def slow_statistics(parameters, optimizer, multipliers, momenta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("fused", [False, True])
-def test_all_measurements_are_those_of_a_slow_twin(dtype, fused):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_all_measurements_are_those_of_a_slow_twin(dtype, fused, on_device, monkeypatch):
     """Over several pieces, groups with moments of their own, parameters stepped unequally often, and rows of zeros."""
+    if on_device:
+        for module in (tensor_sums, updates):
+            monkeypatch.setattr(module, "cpu_array", lambda tensor: None)
     job = Job([(700, 900), (7,), (300, 40), (1,)], dtype=dtype)
     first, second = job.parameters[:2], job.parameters[2:]
     job.optimizer = torch.optim.AdamW(
