@@ -115,7 +115,7 @@ def noisy_quadratic(steps: int) -> dict[str, Any]:
     Munchausen widens the difference, so that fewer jobs are left at a rate that ruins them.
     """
     return {
-        **decaying(steps, 2e-3, 0.02),
+        **decaying(steps, 2e-3, 0.04),
         "munchausen": True,
         "gamma": 1.0,
         "n_step": 30,

@@ -8,7 +8,10 @@ closed-form moments of a mini-batch, so that a policy sees the noise of real tra
   sum_i 2 (noise h_i)^2 + 4 h_i^2 A_i noise h_i that it has around typical parameters, |x_i| = sqrt(A_i);
 - cosine to the momentum (plain SGD: to the gradient before): E[g_t g_{t-1}] over the root mean squares, which is
   negative where the rate is too high: E[g_t g_{t-1}] = sum_i h_i^2 (1 - u_i) A_i - eta h_i noise h_i;
-- signal to noise: ||E g|| / sqrt(E ||g||^2).
+- signal to noise: ||E g|| / sqrt(E ||g||^2);
+- update norm, ||u||: root of the running mean of ||g||^2 over about ten steps, from its expected value on. The update
+  of plain SGD would be one mini-batch's gradient, whose norm can be a third of the next one's. The optimizers that
+  levels are defined for are steadier: Adam's update is an average over ten gradients.
 
 No step is clipped or skipped, and the validation loss is left to whoever wants to show the expected loss as one.
 """
@@ -28,6 +31,8 @@ from llmrl_envs.quadratic.noise import normal_pairs, uniforms
 _HIGHEST_LOSS = 1e12
 """What an expected loss beyond every number is shown as."""
 _VISIBILITY_COUNTER = 2**40  # beyond every step
+_MOMENTUM = 0.9
+"""What a step keeps of the running mean of squared gradient norms: Adam's usual decay of its first moment."""
 _LANES_AT_ONCE = 256
 """Jobs whose arrays fit into a processor's cache together."""
 
@@ -47,6 +52,9 @@ class QuadraticJobs:
         # Normalised second moments b, and columns that every step of a job needs; dimensions first.
         self._moments: Floats = np.zeros((dimension, num_jobs))
         self._best: Floats = np.zeros((dimension, num_jobs))
+        # Running mean of ||g||^2, and what it was where the best parameters were marked.
+        self._mean_square: Floats = np.ones(num_jobs)
+        self._best_mean_square: Floats = np.ones(num_jobs)
         self._curvature: Floats = np.ones((dimension, num_jobs))
         self._trace: Floats = np.ones(num_jobs)
         self._trace_square: Floats = np.ones(num_jobs)
@@ -67,6 +75,7 @@ class QuadraticJobs:
         self._trace[lanes] = sum_rows(quadratics.curvature.T)
         self._trace_square[lanes] = sum_rows(quadratics.curvature.T**2)
         self._moments[:, lanes] = self._best[:, lanes] = quadratics.normalised_initial()
+        self._mean_square[lanes] = self._best_mean_square[lanes] = self._expected_square(lanes)
 
     def visibility(self, lanes: Integers) -> Floats:  # [len(lanes), G]
         """Uniform numbers that decide which groups of features a job withholds."""
@@ -82,10 +91,12 @@ class QuadraticJobs:
     def mark_best(self, lanes: NDArray[np.bool_]) -> None:
         """Remembers the present parameters of `lanes`, bool[E]."""
         self._best[:, lanes] = self._moments[:, lanes]
+        self._best_mean_square[lanes] = self._mean_square[lanes]
 
     def roll_back(self, lanes: NDArray[np.bool_]) -> None:
         """Returns `lanes`, bool[E], to the parameters that were remembered last."""
         self._moments[:, lanes] = self._best[:, lanes]
+        self._mean_square[lanes] = self._best_mean_square[lanes]
 
     # -- measurements before the first step -----------------------------------------------------------------------
 
@@ -96,9 +107,17 @@ class QuadraticJobs:
 
     def norms(self, lanes: Integers) -> tuple[Floats, Floats]:
         """Root mean square of the gradient norm, and the weight norm, of `lanes`."""
-        signal = sum_rows(self._curvature[:, lanes] * self._moments[:, lanes])
-        root_mean_square = np.sqrt(self.quadratics.noise[lanes] * (signal + self._trace[lanes]))
-        return np.asarray(root_mean_square), self.quadratics.weight_norm[lanes]
+        return np.sqrt(self._expected_square(lanes)), self.quadratics.weight_norm[lanes]
+
+    def _expected_square(self, lanes: Integers) -> Floats:
+        """E ||g||^2 of a mini-batch."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            signal = sum_rows(self._curvature[:, lanes] * self._moments[:, lanes])
+            return self._square(lanes, signal + self._trace[lanes])
+
+    def _square(self, lanes: Integers, mean: Floats) -> Floats:
+        """E ||g||^2 from `mean`, sum_i h_i (b_i + 1); a number beyond every one is cut."""
+        return np.asarray(np.fmin(self.quadratics.noise[lanes] * mean, _HIGHEST_LOSS**2))
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -165,8 +184,10 @@ class QuadraticJobs:
         norms = self._gradient_norms(lanes, sums[1, :-1], sums[2, :-1], norm_draws)
         shown.loss[lanes, :count] = np.where(taken, losses, np.nan).T
         shown.gradient_norm[lanes, :count] = np.where(taken, norms, np.nan).T
-        shown.update_norm[lanes] = norms[num_steps - 1, columns]
-        shown.step_size[lanes] = (rates * norms).sum(axis=0) / num_steps / self.quadratics.weight_norm[lanes]
+        self._mean_square[lanes] = running_mean(self._mean_square[lanes], norms**2, num_steps)
+        shown.update_norm[lanes] = np.sqrt(self._mean_square[lanes])
+        relative = shown.update_norm[lanes] / self.quadratics.weight_norm[lanes]
+        shown.step_size[lanes] = sum_rows(rates) / num_steps * relative
         _, before, square = sums[:, num_steps - 1, columns]
         after, trace = sums[1, num_steps, columns], self._trace[lanes]
         product = before - rates[num_steps - 1, columns] * (square + self._trace_square[lanes])
@@ -188,7 +209,7 @@ class QuadraticJobs:
         mean = signal + self._trace[lanes]
         variance = 2.0 * self._trace_square[lanes] + 4.0 * signal_square
         spread_square = np.log1p(np.nan_to_num(variance / mean**2, posinf=0.0))
-        square = np.fmin(self.quadratics.noise[lanes] * mean, _HIGHEST_LOSS**2)
+        square = self._square(lanes, mean)
         # The norm is the root of a log-normal variable: half the exponent.
         return np.asarray(np.sqrt(square) * np.exp(0.5 * np.sqrt(spread_square) * drawn - 0.25 * spread_square))
 
@@ -215,17 +236,26 @@ class QuadraticJobs:
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
         """Everything that changes, as arrays of leading dimension E."""
-        own = {"step": self.step.copy(), "moments": self._moments.T.copy(), "best": self._best.T.copy()}
+        own = {
+            "step": self.step.copy(),
+            "moments": self._moments.T.copy(),
+            "best": self._best.T.copy(),
+            "mean_square": self._mean_square.copy(),
+            "best_mean_square": self._best_mean_square.copy(),
+        }
         jobs = {field.name: getattr(self.quadratics, field.name).copy() for field in fields(self.quadratics)}
         return {**own, **jobs}
 
     def load_state_dict(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` gave; one of an earlier version begins its running mean anew."""
         jobs = {field.name: np.array(state[field.name]) for field in fields(NoisyQuadratics)}
         self.start(np.arange(self.num_jobs), NoisyQuadratics(**jobs))
         self.step = np.array(state["step"], np.int64)
         self._moments = np.ascontiguousarray(np.array(state["moments"], np.float64).T)
         self._best = np.ascontiguousarray(np.array(state["best"], np.float64).T)
+        expected = self._expected_square(np.arange(self.num_jobs))
+        self._mean_square = np.array(state.get("mean_square", expected))
+        self._best_mean_square = np.array(state.get("best_mean_square", expected))
 
 
 @dataclass(frozen=True)
@@ -238,6 +268,21 @@ class _Measured:
     step_size: Floats
     momentum_cosine: Floats
     signal_to_noise: Floats
+
+
+def running_mean(
+    mean: Floats,  # [L] before the first step
+    values: Floats,  # [N, L] one for each step; those after `num_steps` are passed over
+    num_steps: Integers,  # [L]
+) -> Floats:  # [L]
+    """The mean after `mean <- 0.9 mean + 0.1 value` at each step.
+
+    mean_n = 0.9^n mean_0 + 0.1 sum_{k < n} 0.9^(n - 1 - k) value_k
+    """
+    kept = np.cumprod([1.0, *[_MOMENTUM] * len(values)])
+    later_steps = num_steps - 1 - np.arange(len(values))[:, None]
+    weights = np.where(later_steps >= 0, (1.0 - _MOMENTUM) * kept[np.maximum(later_steps, 0)], 0.0)
+    return np.asarray(kept[num_steps] * mean + sum_rows(weights * values))
 
 
 def _weighted_sums(moments: Floats, curvature: Floats, scratch: Floats, sums: Floats) -> None:

@@ -44,7 +44,7 @@ def test_the_joint_table_has_every_move_with_every_choice():
 def test_the_careful_table_starts_low_and_goes_down_faster_than_up():
     table = action_table("careful")
     assert table.levels[table.default_level] == pytest.approx(2.5e-3 / 1.3**3)
-    assert [action.move for action in table.actions] == [-4, -2, -1, 0, 1, 2]
+    assert [action.move for action in table.actions] == [-4, -2, -1, 0, 1]
     assert all(high / low == pytest.approx(1.3) for low, high in zip(table.levels, table.levels[1:], strict=False))
 
 
