@@ -85,9 +85,9 @@ def lunar_lander(steps: int) -> dict[str, Any]:
 
 
 def acrobot(steps: int) -> dict[str, Any]:
-    """Reward -1 a step until the goal; what a high rate is worth stands in `docs/dqn.md`."""
+    """Reward -1 a step until the goal."""
     return {
-        **decaying(steps, 2e-3, 0.5),
+        **decaying(steps, 5e-4, 0.5),
         "n_step": 5,
         "batch_size": 64,
         "munchausen": True,
