@@ -1,4 +1,4 @@
-"""Rotary embeddings in less than half the time on a CPU, in place of a model's own where they have the same formula.
+"""Rotary embeddings in fewer operations, in place of a model's own where they have the same formula.
 
 The usual function multiplies in the shape [B, H, L, D], where the innermost loops are as short as a head, and copies
 halves of heads to negate and join them. Here the heads of a position lie next to each other, as the projections wrote
