@@ -28,6 +28,8 @@ LONGER = {**TASK, "name": "longer", "steps": 20, "batch_size": 3, "gradient_accu
 LORA = {**TASK, "name": "adapters", "mode": "lora"}
 ID = "llmrl_envs:llmrl/FineTuning-v0"
 TOLERANCE = 1e-4
+WILD_TOLERANCE = 1e-2
+"""For jobs that fly apart and multiply rounding errors, by how much depends on the text that they read."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,11 @@ def relative(got, wanted):
     """Distance of two tensors, relative to the length of the second."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     return float(np.linalg.norm(got - wanted) / (np.linalg.norm(wanted) + 1e-12))
+
+
+def tolerance(info):
+    """What a lane may differ by from its single environment, relative."""
+    return WILD_TOLERANCE if info["given_rate"] > 10 * TASK["learning_rate"] else TOLERANCE
 
 
 class Watched:
@@ -121,19 +128,19 @@ def test_lanes_equal_single_environments(tasks, arguments, library):
     vector = FineTuningVectorEnv(lanes, distribution, library=library, **arguments)
     obs, infos = vector.reset(seed=seed)
     singles = Watched(lanes, distribution, seed, library, **arguments)
-    rng, seen, worst = np.random.default_rng(3), Counter(), 0.0
+    rng, seen = np.random.default_rng(3), Counter()
     for decision in range(60):
-        np.testing.assert_allclose(obs, [pair[0] for pair in singles.last], rtol=TOLERANCE, atol=TOLERANCE)
+        for own, (other, info) in zip(obs, singles.last, strict=True):
+            np.testing.assert_allclose(own, other, rtol=tolerance(info), atol=tolerance(info))
         np.testing.assert_array_equal(infos["action_mask"], [pair[1]["action_mask"] for pair in singles.last])
         actions = chosen_actions(rng, infos["action_mask"], decision, vector.table.names)
         obs, rewards, terminations, _, infos = vector.step(actions)
         for lane, (last, reward, terminated, info, parameters) in enumerate(singles.step(actions)):
             assert terminated == terminations[lane]
-            assert rewards[lane] == pytest.approx(reward, rel=TOLERANCE, abs=TOLERANCE)
+            allowed = tolerance(info)
+            assert rewards[lane] == pytest.approx(reward, rel=allowed, abs=allowed)
             mine = lane_info(infos["final_info"] if terminated else infos, lane)
             assert mine["events"] == info["events"]
-            # A job that flies apart multiplies rounding errors; that it does, and what it is paid, is the same.
-            allowed = 1e-2 if info["diverged"] else TOLERANCE
             assert mine["validation_loss"] == pytest.approx(info["validation_loss"], rel=allowed)
             seen.update(rollback=info["events"]["rollback"], skipped=info["events"]["skipped_steps"])
             seen.update(diverged=info["diverged"], finished=terminated and not info["diverged"])
@@ -143,8 +150,9 @@ def test_lanes_equal_single_environments(tasks, arguments, library):
                 continue
             trained = vector.parameters(lane)
             assert set(trained) == set(parameters)
-            worst = max(worst, *(relative(trained[name], value) for name, value in parameters.items()))
-    assert worst <= TOLERANCE
+            assert max(relative(trained[name], value) for name, value in parameters.items()) <= allowed
+            seen.update(tame=allowed == TOLERANCE)
+    assert seen["tame"] >= 60
     assert min(seen[name] for name in ("rollback", "skipped", "diverged", "finished", "freeze")) >= 2
 
 

@@ -204,25 +204,25 @@ def run_controller(folder, accelerator):
 def run_finetune(output, *, resume=False, stop=None):
     from llmrl import finetune as module
     from llmrl.config import FinetuneConfig
-    from llmrl.hosts import sharded
+    from llmrl.hosts.sharded import _SharedJob
 
     class StopError(Exception):
         pass
 
     module.choose_policy = lambda config, policy, schedule: (make_policy(), None)
-    train_step, module_step = module_session()._train_step, sharded._train_step
+    train_step, shared_step = module_session()._train_step, _SharedJob._train_step
 
     def step_of_session(session, *arguments, **options):
         if session.step == stop:
             raise StopError
         train_step(session, *arguments, **options)
 
-    def step_of_shards(step, *arguments):
+    def step_of_shards(shared, step):
         if step == stop:
             raise StopError
-        return module_step(step, *arguments)
+        return shared_step(shared, step)
 
-    module_session()._train_step, sharded._train_step = step_of_session, step_of_shards
+    module_session()._train_step, _SharedJob._train_step = step_of_session, step_of_shards
     config = FinetuneConfig.model_validate(
         {"task": TASK, "tracking": {"wandb": "disabled"}, "checkpoint_period_decisions": 1}
     )
@@ -232,7 +232,7 @@ def run_finetune(output, *, resume=False, stop=None):
     except StopError:
         assert stop is not None
     finally:
-        module_session()._train_step, sharded._train_step = train_step, module_step
+        module_session()._train_step, _SharedJob._train_step = train_step, shared_step
 
 
 def run_refused(folder, accelerator):

@@ -96,7 +96,8 @@ def test_a_fraction_of_an_epoch_is_a_whole_schedule(make_trainer):
     trainer.train()
     records = callback.controller.records
     assert records[-1].step == trainer.state.global_step == 12
-    assert records[-1].learning_rate < 0.2 * max(record.learning_rate for record in records)
+    # a twelfth of the peak by the base alone
+    assert records[-1].learning_rate < 0.3 * max(record.learning_rate for record in records)
 
 
 def test_a_stream_with_max_steps_is_steered(make_trainer):
