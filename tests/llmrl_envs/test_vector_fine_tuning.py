@@ -28,8 +28,9 @@ LONGER = {**TASK, "name": "longer", "steps": 20, "batch_size": 3, "gradient_accu
 LORA = {**TASK, "name": "adapters", "mode": "lora"}
 ID = "llmrl_envs:llmrl/FineTuning-v0"
 TOLERANCE = 1e-4
-WILD_TOLERANCE = 1e-2
-"""For jobs that fly apart and multiply rounding errors, by how much depends on the text that they read."""
+SHAKEN_TOLERANCE, WILD_TOLERANCE = 1e-3, 1e-2
+"""For jobs that lose what they had gained, and for those from rates 300 times too high: both multiply rounding errors,
+by how much depends on the text that they read."""
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,26 @@ def joined(parameters):
     return np.concatenate([np.asarray(parameters[name]).ravel() for name in sorted(parameters)])
 
 
-def tolerance(info):
-    """What a lane may differ by from its single environment, relative."""
-    return WILD_TOLERANCE if info["given_rate"] > 10 * TASK["learning_rate"] else TOLERANCE
+class Tolerances:
+    """What each lane may differ by from its single environment, by how its job has gone so far."""
+
+    def __init__(self, lanes):
+        self.lowest, self.shaken = np.full(lanes, np.inf), np.zeros(lanes, bool)
+
+    def after(self, lane, info):
+        """Takes in a job's newest validation loss."""
+        loss = info["validation_loss"]
+        self.shaken[lane] |= not loss <= self.lowest[lane]
+        self.lowest[lane] = min(self.lowest[lane], loss)
+        return self.of(lane, info)
+
+    def of(self, lane, info):
+        if info["given_rate"] > 10 * TASK["learning_rate"]:
+            return WILD_TOLERANCE
+        return SHAKEN_TOLERANCE if self.shaken[lane] else TOLERANCE
+
+    def forget(self, lane):
+        self.lowest[lane], self.shaken[lane] = np.inf, False
 
 
 class Watched:
@@ -120,9 +138,10 @@ def poisoned(monkeypatch):
     ],
     ids=["full", "lora", "mixed"],
 )
-def test_lanes_equal_single_environments(tasks, arguments, library):
+def test_lanes_equal_single_environments(tasks, arguments):
     """Sixty decisions with freezes, rollbacks, skipped steps, diverging jobs and restarts among them."""
     lanes, seed = 3, 12
+    library = JobLibrary("cpu")  # of its own: reference curves of poisoned jobs are not those of others
     # A third of the jobs keep a given rate that is 300 times too high, and diverge.
     distribution = tasks_of(*tasks, learning_rate_log10_range=[2.5, 2.5], default_rate_probability=0.7)
     arguments |= {
@@ -133,17 +152,18 @@ def test_lanes_equal_single_environments(tasks, arguments, library):
     vector = FineTuningVectorEnv(lanes, distribution, library=library, **arguments)
     obs, infos = vector.reset(seed=seed)
     singles = Watched(lanes, distribution, seed, library, **arguments)
-    rng, seen = np.random.default_rng(3), Counter()
+    rng, seen, tolerances = np.random.default_rng(3), Counter(), Tolerances(lanes)
     for decision in range(60):
-        for own, (other, info) in zip(obs, singles.last, strict=True):
-            np.testing.assert_allclose(own, other, rtol=tolerance(info), atol=10 * tolerance(info))
+        for lane, (own, (other, info)) in enumerate(zip(obs, singles.last, strict=True)):
+            allowed = tolerances.of(lane, info)
+            np.testing.assert_allclose(own, other, rtol=allowed, atol=allowed)
         np.testing.assert_array_equal(infos["action_mask"], [pair[1]["action_mask"] for pair in singles.last])
         actions = chosen_actions(rng, infos["action_mask"], decision, vector.table.names)
         obs, rewards, terminations, _, infos = vector.step(actions)
         for lane, (last, reward, terminated, info, parameters) in enumerate(singles.step(actions)):
             assert terminated == terminations[lane]
-            allowed = tolerance(info)
-            # a difference of two losses in units of a gain that is a fraction of one of them
+            allowed = tolerances.after(lane, info)
+            # A difference of two losses in units of a gain that may be a hundredth of one of them.
             assert rewards[lane] == pytest.approx(reward, rel=allowed, abs=10 * allowed)
             mine = lane_info(infos["final_info"] if terminated else infos, lane)
             assert mine["events"] == info["events"]
@@ -152,7 +172,8 @@ def test_lanes_equal_single_environments(tasks, arguments, library):
             seen.update(diverged=info["diverged"], finished=terminated and not info["diverged"])
             seen.update(freeze=vector.table.names[info["action"]] == "freeze")
             if terminated:
-                np.testing.assert_allclose(infos["final_obs"][lane], last, rtol=allowed, atol=10 * allowed)
+                np.testing.assert_allclose(infos["final_obs"][lane], last, rtol=allowed, atol=allowed)
+                tolerances.forget(lane)
                 continue
             trained = vector.parameters(lane)
             assert set(trained) == set(parameters)
@@ -160,8 +181,8 @@ def test_lanes_equal_single_environments(tasks, arguments, library):
             # Adam's first step has the size of the rate even where a gradient is zero but for rounding.
             for name, value in parameters.items():
                 assert relative(trained[name], value, without=2) <= allowed, name
-            seen.update(tame=allowed == TOLERANCE)
-    assert seen["tame"] >= 60
+            seen.update(steady=allowed == TOLERANCE)
+    assert seen["steady"] >= 20
     assert min(seen[name] for name in ("rollback", "skipped", "diverged", "finished", "freeze")) >= 2
 
 
