@@ -27,7 +27,7 @@ from torch import nn
 from llmrl.policy_card import policy_card
 from llmrl.policy_decision import PolicyDecision, check_observation, finite_values, greedy_decision, hold_decision
 from llmrl.policy_hub import upload_policy_folder
-from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy
+from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy, shortened
 
 if TYPE_CHECKING:
     from llmrl.dqn.networks import QNetwork
@@ -212,8 +212,6 @@ def _read_network(path: Path) -> QNetwork:
     try:
         network = load_network(path)
     except ValueError as error:
-        from llmrl.policy_files import shortened
-
         raise UserError("the policy's weights cannot be read", got=shortened(str(error)), where=str(path)) from error
     for name, value in network.state_dict().items():
         if not torch.isfinite(value).all():

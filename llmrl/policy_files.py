@@ -24,7 +24,7 @@ from llmrl_envs.interface.observation import OBSERVATION_VERSION, ObservationSpe
 from llmrl_envs.interface.schedule import ScheduleSettings
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from llmrl.policy_reference import CONFIG_FILE, WEIGHTS_FILE
+from llmrl.policy_reference import CONFIG_FILE, WEIGHTS_FILE, shortened
 
 SCHEMA_VERSION = 1
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -33,7 +33,7 @@ MAX_CONFIG_BYTES = 4 * 2**20
 _PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".dill"})
 _PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _TORCH_ARCHIVE = b"PK\x03\x04"
-_LONGEST_NAME, _LONGEST_MESSAGE = 200, 1000
+_LONGEST_NAME = 200
 _SAFETENSORS_START = 8
 """Bytes before the JSON header of a safetensors file: its length."""
 
@@ -324,11 +324,6 @@ def table_defect(table: ActionTable) -> str | None:
 def is_line(text: str) -> bool:
     """Whether a terminal shows a text as it is: nothing moves its cursor or colours what follows."""
     return 0 < len(text) <= _LONGEST_NAME and text.isprintable()
-
-
-def shortened(text: str) -> str:
-    """A message that a file's content has part in, of readable length."""
-    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} .."
 
 
 def _told(error: ValidationError) -> str:

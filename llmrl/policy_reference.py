@@ -25,7 +25,7 @@ HOLD, DEFAULT = "hold", "default"
 WANDB_PREFIX = "wandb:"
 FORMS = "a folder, a Hub id (owner/name), wandb:entity/project/name:alias, 'default' or 'hold'"
 
-_LONGEST = 200
+_LONGEST_MESSAGE, _LONGEST_REFERENCE = 1000, 200
 _HUB_ID = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?$")
 _WANDB_NAME = re.compile(r"^(?P<entity>[\w.-]+)/(?P<project>[\w.-]+)/(?P<name>[\w.-]+)(:(?P<alias>[\w.-]+))?$")
 
@@ -85,8 +85,12 @@ def parse_reference(text: Path | str, *, where: str = "--policy") -> PolicyRefer
 
 def _shown(written: str) -> str:
     """What was written, so that a terminal can show it."""
-    text = written if written.isprintable() else ascii(written)
-    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..") or "nothing"
+    return shortened(written if written.isprintable() else ascii(written), _LONGEST_REFERENCE) or "nothing"
+
+
+def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
+    """A message that somebody else's text has part in, of readable length."""
+    return text if len(text) <= longest else f"{text[:longest]} .."
 
 
 def _parse_wandb(written: str, where: str) -> PolicyReference:

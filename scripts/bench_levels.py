@@ -32,25 +32,23 @@ from llmrl_envs.jobs.session import FineTuningSession
 from llmrl.config import CompareConfig
 from llmrl.config_loading import load_config
 
-WARMUP_FRACTION = 0.05
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LEVEL_FACTORS = (1 / 8, 1 / 3, 1.0, 3.0, 8.0)
 
 
-def linear_loss(job: Job, rate: float, seed: int) -> float:
+def linear_loss(job: Job, rate: float, warmup: float, seed: int) -> float:
     """Final validation loss of linear decay from a rate."""
     session = FineTuningSession(job, seed=seed, record=False)
-    schedule = given_rate_schedule("linear", job.task.steps, rate, WARMUP_FRACTION)
+    schedule = given_rate_schedule("linear", job.task.steps, rate, warmup)
     for num_steps in decision_intervals(job.task.steps):
         session.run_interval(num_steps, schedule)
     return session.evaluate("validation").loss
 
 
-def held_loss(job: Job, level: float, norm: str, base: BaseName, seed: int) -> tuple[float, float]:
+def held_loss(job: Job, level: float, norm: str, settings: ScheduleSettings, seed: int) -> tuple[float, float]:
     """Final validation loss of holding a level, and the peak rate that it meant at the end."""
     session = FineTuningSession(job, seed=seed, level_norm=norm)
     table = dataclasses.replace(action_table("moves_only"), levels=(level, 2 * level), default_level=0)
-    settings = ScheduleSettings(base=base, warmup_fraction=WARMUP_FRACTION)
     schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
     if norm == "effective":
         schedule.observe_mode(np.array([int(job.mode)]))
@@ -64,17 +62,20 @@ def held_loss(job: Job, level: float, norm: str, base: BaseName, seed: int) -> t
 
 
 def measure(
-    job: Job, seed: int, rates: Sequence[float], factors: Sequence[float], bases: Sequence[BaseName]
+    job: Job, seed: int, rates: Sequence[float], factors: Sequence[float], bases: Sequence[BaseName], warmup: float
 ) -> list[dict[str, Any]]:
     """All rows of one task and seed."""
     initial = FineTuningSession(job, seed=seed, record=False).evaluate("validation").loss
     common = {"task": job.task.name, "mode": job.task.mode, "seed": seed, "loss_initial": initial}
-    rows = [{**common, "method": "linear", "rate": rate, "loss": linear_loss(job, rate, seed)} for rate in rates]
+    rows = [
+        {**common, "method": "linear", "rate": rate, "loss": linear_loss(job, rate, warmup, seed)} for rate in rates
+    ]
     for base, factor in itertools.product(bases, factors):
         both = job.task.mode == "lora" and base == "linear"
         for norm in ("effective", "adapters") if both else ("effective",):
             level = DEFAULT_RELATIVE_UPDATE * factor
-            loss, rate = held_loss(job, level, norm, base, seed)
+            settings = ScheduleSettings(base=base, warmup_fraction=warmup)
+            loss, rate = held_loss(job, level, norm, settings, seed)
             rows.append({**common, "method": f"hold_{norm}", "base": base, "level": level, "rate": rate, "loss": loss})
     return rows
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="peak rates of linear decay")
     parser.add_argument("--factors", type=float, nargs="+", default=list(LEVEL_FACTORS), help="of the default level")
     parser.add_argument("--bases", nargs="+", choices=BASE_NAMES, default=["linear"], help="what held levels decay by")
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of the budget")
     parser.add_argument("--quick", action="store_true", help="two rates, the default level, one task and seed")
     arguments = parser.parse_args()
     if 1.0 not in arguments.factors or "linear" not in arguments.bases:
@@ -117,7 +119,9 @@ def main() -> None:
     rows = []
     for task in config.tasks[:1] if arguments.quick else config.tasks:
         for seed in config.seeds[:1] if arguments.quick else config.seeds:
-            found = measure(library.job(task), seed, arguments.rates, arguments.factors, arguments.bases)
+            found = measure(
+                library.job(task), seed, arguments.rates, arguments.factors, arguments.bases, arguments.warmup
+            )
             rows += found
             for row in found:
                 print({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}, flush=True)

@@ -69,10 +69,12 @@ def cpu_array(tensor: Tensor) -> Array | None:
 def cpu_dot(x: Array, y: Array) -> float:
     """Product of two vectors of one length; rows of it in their own precision, the rest in Python's."""
     whole = len(x) // _ROW * _ROW
-    if not whole:
-        return float(np.dot(x, y))
-    rows = np.matmul(x[:whole].reshape(-1, 1, _ROW), y[:whole].reshape(-1, _ROW, 1))
-    return sum(rows.ravel().tolist(), float(np.dot(x[whole:], y[whole:])))
+    with np.errstate(over="ignore", invalid="ignore"):  # a job that flies apart gets infinity, as on a device
+        rest = float(np.dot(x[whole:], y[whole:]))
+        if not whole:
+            return rest
+        rows = np.matmul(x[:whole].reshape(-1, 1, _ROW), y[:whole].reshape(-1, _ROW, 1))
+    return sum(rows.ravel().tolist(), rest)
 
 
 def total(parts: Sequence[Part]) -> Tensor:
