@@ -1,8 +1,6 @@
-"""The population as a vector environment: equal to single environments, and Gymnasium's conventions."""
+"""The population as a vector environment: Gymnasium's conventions; test_population_exactness.py has its numbers."""
 
 import dataclasses
-import math
-from collections import Counter
 
 import gymnasium
 import numpy as np
@@ -10,10 +8,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from llmrl_envs.errors import UserError
-from llmrl_envs.fine_tuning import FineTuningEnv
-from llmrl_envs.jobs import passes
 from llmrl_envs.jobs.loading import JobLibrary
-from llmrl_envs.jobs.population import training as population
 from llmrl_envs.jobs.task import SampledTask
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
@@ -27,10 +22,6 @@ TASK = {
 LONGER = {**TASK, "name": "longer", "steps": 20, "batch_size": 3, "gradient_accumulation": 2, "max_length": 12}
 LORA = {**TASK, "name": "adapters", "mode": "lora"}
 ID = "llmrl_envs:llmrl/FineTuning-v0"
-TOLERANCE = 1e-4
-SHAKEN_TOLERANCE, WILD_TOLERANCE = 1e-3, 1e-2
-"""For jobs that lose what they had gained, and for those from rates 300 times too high: both multiply rounding errors,
-by how much depends on the text that they read."""
 
 
 @pytest.fixture(scope="module")
@@ -40,153 +31,6 @@ def library():
 
 def tasks_of(*tasks, **distribution):
     return {"tasks": list(tasks), "num_seeds": 2, **distribution}
-
-
-def relative(got, wanted, *, without=0):
-    """Distance of two vectors, relative to the length of the second; without the numbers that differ most."""
-    got, wanted = np.asarray(got, np.float64).ravel(), np.asarray(wanted, np.float64).ravel()
-    distances = np.sort(np.abs(got - wanted))[: len(got) - without]
-    return float(np.linalg.norm(distances) / (np.linalg.norm(wanted) + 1e-12))
-
-
-def joined(parameters):
-    return np.concatenate([np.asarray(parameters[name]).ravel() for name in sorted(parameters)])
-
-
-class Tolerances:
-    """What each lane may differ by from its single environment, by how its job has gone so far."""
-
-    def __init__(self, lanes):
-        self.lowest, self.shaken = np.full(lanes, np.inf), np.zeros(lanes, bool)
-
-    def after(self, lane, info):
-        """Takes in a job's newest validation loss."""
-        loss = info["validation_loss"]
-        self.shaken[lane] |= not loss <= self.lowest[lane]
-        self.lowest[lane] = min(self.lowest[lane], loss)
-        return self.of(lane, info)
-
-    def of(self, lane, info):
-        if info["given_rate"] > 10 * TASK["learning_rate"]:
-            return WILD_TOLERANCE
-        return SHAKEN_TOLERANCE if self.shaken[lane] else TOLERANCE
-
-    def forget(self, lane):
-        self.lowest[lane], self.shaken[lane] = np.inf, False
-
-
-class Watched:
-    """P single environments that restart at once, like the lanes of a population."""
-
-    def __init__(self, num_envs, tasks, seed, library, **arguments):
-        self.envs = [FineTuningEnv(tasks, library=JobLibrary("cpu"), **arguments) for _ in range(num_envs)]
-        for env in self.envs:
-            env._library.curves = library.curves
-        self.last = [env.reset(seed=seed + lane) for lane, env in enumerate(self.envs)]
-
-    def step(self, actions):
-        """Observation, reward, terminated and info of each, and what began anew."""
-        found = []
-        for lane, env in enumerate(self.envs):
-            observation, reward, terminated, _, info = env.step(actions[lane])
-            parameters = {name: p.detach().clone() for name, p in env._session._parameters.items()}
-            if terminated:
-                self.last[lane] = env.reset()
-            else:
-                self.last[lane] = (observation, info)
-            found.append((observation, reward, terminated, info, parameters))
-        return found
-
-
-def chosen_actions(rng, masks, decision, names):
-    """At random, with many freezes and rollbacks among them."""
-    actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
-    for lane, mask in enumerate(masks):
-        for wanted, now in (("freeze", decision % 7 == 2), ("rollback", decision % 5 == 4)):
-            if now and mask[names.index(wanted)] and lane % 2:
-                actions[lane] = names.index(wanted)
-    return actions
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Training batches with a sequence that begins with a space have an infinite loss with finite gradients."""
-    space = 32
-    batch_loss, sequence_losses = passes.batch_loss, population.sequence_losses
-
-    def of_batch(model, batch, **arguments):
-        found = batch_loss(model, batch, **arguments)
-        bad = torch.is_grad_enabled() and bool((batch["input_ids"][:, 0] == space).any())
-        return dataclasses.replace(found, loss=found.loss + (math.inf if bad else 0.0))
-
-    def of_sequences(model, sequences, **arguments):
-        found = sequence_losses(model, sequences, **arguments)
-        bad = (sequences.tokens[..., 0] == space).any(dim=-1) & torch.is_grad_enabled()
-        return dataclasses.replace(found, loss=found.loss + torch.where(bad, math.inf, 0.0))
-
-    monkeypatch.setattr(passes, "batch_loss", of_batch)
-    monkeypatch.setattr(population, "sequence_losses", of_sequences)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    ("tasks", "arguments"),
-    [
-        ([TASK], {}),
-        ([LORA], {}),
-        ([TASK, LONGER, LORA], {"level_norm": "adapters", "reward": {"average_intervals": 0.5, "switch_cost": 0.01}}),
-    ],
-    ids=["full", "lora", "mixed"],
-)
-def test_lanes_equal_single_environments(tasks, arguments):
-    """Sixty decisions with freezes, rollbacks, skipped steps, diverging jobs and restarts among them."""
-    lanes, seed = 3, 12
-    library = JobLibrary("cpu")  # of its own: reference curves of poisoned jobs are not those of others
-    # A third of the jobs keep a given rate that is 300 times too high, and diverge.
-    distribution = tasks_of(*tasks, learning_rate_log10_range=[2.5, 2.5], default_rate_probability=0.7)
-    arguments |= {
-        "observation": {"feature_dropout": 0.2, "validation_visible": 0.5},
-        "schedule": {"start": "given"},
-        "device": "cpu",
-    }
-    vector = FineTuningVectorEnv(lanes, distribution, library=library, **arguments)
-    obs, infos = vector.reset(seed=seed)
-    singles = Watched(lanes, distribution, seed, library, **arguments)
-    rng, seen, tolerances = np.random.default_rng(3), Counter(), Tolerances(lanes)
-    for decision in range(60):
-        for lane, (own, (other, info)) in enumerate(zip(obs, singles.last, strict=True)):
-            allowed = tolerances.of(lane, info)
-            np.testing.assert_allclose(own, other, rtol=allowed, atol=allowed)
-        np.testing.assert_array_equal(infos["action_mask"], [pair[1]["action_mask"] for pair in singles.last])
-        actions = chosen_actions(rng, infos["action_mask"], decision, vector.table.names)
-        obs, rewards, terminations, _, infos = vector.step(actions)
-        for lane, (last, reward, terminated, info, parameters) in enumerate(singles.step(actions)):
-            assert terminated == terminations[lane]
-            allowed = tolerances.after(lane, info)
-            # A difference of two losses in units of a gain that may be a hundredth of one of them.
-            assert rewards[lane] == pytest.approx(reward, rel=allowed, abs=10 * allowed)
-            mine = lane_info(infos["final_info"] if terminated else infos, lane)
-            assert mine["events"] == info["events"]
-            assert mine["validation_loss"] == pytest.approx(info["validation_loss"], rel=allowed)
-            seen.update(rollback=info["events"]["rollback"], skipped=info["events"]["skipped_steps"])
-            seen.update(diverged=info["diverged"], finished=terminated and not info["diverged"])
-            seen.update(freeze=vector.table.names[info["action"]] == "freeze")
-            if terminated:
-                np.testing.assert_allclose(infos["final_obs"][lane], last, rtol=allowed, atol=allowed)
-                tolerances.forget(lane)
-                continue
-            trained = vector.parameters(lane)
-            assert set(trained) == set(parameters)
-            assert relative(joined(trained), joined(parameters)) <= allowed
-            # Adam's first step has the size of the rate even where a gradient is zero but for rounding.
-            for name, value in parameters.items():
-                assert relative(trained[name], value, without=2) <= allowed, name
-            seen.update(steady=allowed == TOLERANCE)
-    assert seen["steady"] >= 20
-    assert min(seen[name] for name in ("rollback", "skipped", "diverged", "finished", "freeze")) >= 2
-
-
-# -- conventions ----------------------------------------------------------------------------------------------------
 
 
 def small(library, lanes=3, *tasks, distribution=None, **arguments):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmrl_envs.interface.tensor_sums import wide
+
 IGNORED = -100
 
 
@@ -29,7 +31,7 @@ def language_model_loss(logits: Tensor, labels: Tensor) -> LossSum:
     """Next-token loss of `logits` float[B, L, V] for `labels` int64[B, L]; labels of -100 are no targets."""
     vocabulary = logits.shape[-1]
     loss = functional.cross_entropy(
-        logits[:, :-1].reshape(-1, vocabulary).float(),
+        wide(logits[:, :-1].reshape(-1, vocabulary)),
         labels[:, 1:].reshape(-1),
         ignore_index=IGNORED,
         reduction="sum",
@@ -39,7 +41,7 @@ def language_model_loss(logits: Tensor, labels: Tensor) -> LossSum:
 
 def classification_loss(logits: Tensor, labels: Tensor) -> LossSum:
     """Loss of `logits` float[B, C] for `labels` int64[B]."""
-    loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+    loss = functional.cross_entropy(wide(logits), labels, reduction="sum")
     return LossSum(loss, (logits.argmax(dim=-1) == labels).sum())
 
 

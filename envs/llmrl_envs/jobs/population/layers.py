@@ -194,11 +194,13 @@ class StackedRMSNorm(StackedLayer):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised x [P x B, ..., d]; computed in float32 and scaled in it, as the weight is."""
+        """The normalised x [P x B, ..., d]; computed and scaled in the weight's number format."""
         if self._alone:
-            return rms_normalised(x.float(), self._alone["weight"], self.eps)[0]
-        folded = x.reshape(self._lanes(), -1, x.shape[-1]).float()
-        y: Tensor = RMSNormalisation.apply(folded, self._parameters["weight"], self.eps, self._sink("weight"))  # type: ignore[no-untyped-call]
+            weight = self._alone["weight"]
+            return rms_normalised(x.to(weight.dtype), weight, self.eps)[0]
+        weight = self._parameters["weight"]
+        folded = x.reshape(self._lanes(), -1, x.shape[-1]).to(weight.dtype)
+        y: Tensor = RMSNormalisation.apply(folded, weight, self.eps, self._sink("weight"))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
 

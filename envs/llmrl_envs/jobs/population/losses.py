@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmrl_envs.interface.tensor_sums import wide
 from llmrl_envs.jobs.batches import IGNORED
 from llmrl_envs.jobs.population.batches import Sequences
 
@@ -38,6 +39,6 @@ def sequence_losses(model: nn.Module, sequences: Sequences, *, classification: b
     logits = model(**sequences.inputs()).logits
     targets = sequences.targets.reshape(-1)
     rows = logits.reshape(-1, logits.shape[-1])
-    each = functional.cross_entropy(rows.float(), targets, ignore_index=IGNORED, reduction="none")
+    each = functional.cross_entropy(wide(rows), targets, ignore_index=IGNORED, reduction="none")
     correct = (rows.argmax(dim=-1) == targets).view(lanes, -1).sum(dim=1) if classification else None
     return LaneLosses(each.view(lanes, -1).sum(dim=1), correct)

@@ -97,7 +97,7 @@ class PopulationAdamW:
         active = torch.isfinite(step.norms)
         clip = (step.limits / (step.norms + _CLIP_EPSILON)).clamp_(max=1.0)
         taken = self.steps[step.start : step.stop]
-        moving = active[:, None].float().expand(-1, 2)
+        moving = active[:, None].to(taken.dtype).expand(-1, 2)
         if step.frozen:
             moving = moving.clone()
             moving[sorted(step.frozen), 0] = 0.0
@@ -146,7 +146,7 @@ class PopulationAdamW:
         return [(parts, flag) for parts, flag in kept if parts]
 
     def _step_together(self, weights: Tensor, gradients: Tensor, step: RowStep, moving: Tensor, clip: Tensor) -> None:
-        rows = slice(step.start, step.stop)
+        rows, dtype = slice(step.start, step.stop), weights.dtype
         settings = self._device_settings[rows]
         counts = self.steps[rows].double()
         lower, end = self.layout.lower_stop, self.layout.num_columns
@@ -160,13 +160,13 @@ class PopulationAdamW:
             # A NaN times zero is NaN, so gradients of rows that are not stepped are replaced, not scaled.
             gradient = torch.where(moves > 0, gradients[rows, columns] * clip[:, None], 0.0)
             mean, square = self.exp_avg[rows, columns], self.exp_avg_sq[rows, columns]
-            mean.lerp_(gradient, ((1.0 - beta1) * moves).float().expand_as(gradient))
-            square.lerp_(gradient.square_(), ((1.0 - beta2) * moves).float().expand_as(gradient))
+            mean.lerp_(gradient, ((1.0 - beta1) * moves).to(dtype).expand_as(gradient))
+            square.lerp_(gradient.square_(), ((1.0 - beta2) * moves).to(dtype).expand_as(gradient))
             count = counts[:, part : part + 1].clamp(min=1.0)
             correction1, correction2 = 1.0 - beta1**count, 1.0 - beta2**count
             weight = weights[rows, columns]
             first, last = max(self.layout.decayed[0], start), min(self.layout.decayed[1], stop)
             if last > first:
-                weight[:, first - start : last - start] *= (1.0 - rate * decay).float()
-            denominator = square.sqrt().mul_(correction2.rsqrt().float()).add_(eps.float())
-            weight.sub_(torch.div(mean, denominator).mul_((rate / correction1).float()))
+                weight[:, first - start : last - start] *= (1.0 - rate * decay).to(dtype)
+            denominator = square.sqrt().mul_(correction2.rsqrt().to(dtype)).add_(eps.to(dtype))
+            weight.sub_(torch.div(mean, denominator).mul_((rate / correction1).to(dtype)))

@@ -65,7 +65,9 @@ class UpdateProbe:
         correction1 = 1.0 - settings[:, :1] ** counts  # [M, 2]
         correction2 = 1.0 - settings[:, 1:2] ** counts
         # m / (c1 (sqrt(v / c2) + eps)) is m / (sqrt(v) scale + shift).
-        scale, shift = (correction1 * correction2.rsqrt()).float(), (correction1 * settings[:, 2:3]).float()
+        scale, shift = (
+            factor.to(weights.dtype) for factor in (correction1 * correction2.rsqrt(), correction1 * settings[:, 2:3])
+        )
         most = _MOST_ENTRIES.get(weights.device.type, _MOST_ENTRIES["cuda"])
         size = min(max(1, most // max(self._layout.num_columns, 1)), stop - start)
         update = torch.empty(size, self._layout.num_columns, device=weights.device)
@@ -79,7 +81,9 @@ class UpdateProbe:
         nothing = torch.where(correction2 > 0.0, 0.0, float("nan"))
         parts = torch.stack([sums[0] + nothing, sums[1], sums[2] / correction1**2, sums[3] / correction2])
         updates, sizes, mean_square, variance = torch.where(counted, parts, 0.0).sum(dim=2)
-        return torch.stack([updates.sqrt(), sizes.sqrt(), (mean_square / (variance + _EPSILON)).sqrt()]).float()
+        return torch.stack([updates.sqrt(), sizes.sqrt(), (mean_square / (variance + _EPSILON)).sqrt()]).to(
+            weights.dtype
+        )
 
     def _sums(self, weights: Tensor, rows: slice, scale: Tensor, shift: Tensor, update: Tensor) -> Tensor:
         """Squares of update, weights and first moments and the sum of the second ones, float[4, M, 2]: by half."""

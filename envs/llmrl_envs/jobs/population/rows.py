@@ -29,7 +29,7 @@ class PopulationRows:
         optimizer: Moments.
         scales: Loss scales.
         average: float32[C, N], the averaged weights; None where there are none.
-        average_weight: float32[C], weight of a step in the average.
+        average_weight: float64[C], weight of a step in the average.
         touched: bool[C, 2], whether the optimizer has stepped the lower half and the rest.
     """
 
@@ -38,7 +38,7 @@ class PopulationRows:
         self.optimizer = PopulationAdamW(stack.layout, device)
         self.scales = LossScales(device, enabled=scaled)
         self.average = torch.zeros(0, stack.layout.num_columns, device=device) if averaged else None
-        self.average_weight: NDArray[np.float32] = np.zeros(0, np.float32)
+        self.average_weight: NDArray[np.float64] = np.zeros(0)
         self.touched: NDArray[np.bool_] = np.zeros((0, 2), np.bool_)
 
     def reserve(self, capacity: int) -> None:
@@ -50,7 +50,7 @@ class PopulationRows:
         missing = capacity - len(self.touched)
         if missing > 0:
             self.touched = np.concatenate([self.touched, np.zeros((missing, 2), np.bool_)])
-            self.average_weight = np.concatenate([self.average_weight, np.zeros(missing, np.float32)])
+            self.average_weight = np.concatenate([self.average_weight, np.zeros(missing)])
 
     @torch.no_grad()
     def begin(self, row: int, settings: OptimizerSettings, average_weight: float) -> None:
@@ -79,7 +79,7 @@ class PopulationRows:
         """Takes the present weights of rows into their averages."""
         if self.average is None:
             return
-        weight = torch.from_numpy(self.average_weight[start:stop, None]).to(self.average.device)
+        weight = torch.from_numpy(self.average_weight[start:stop, None]).to(self.average)
         average, deployed = self.average[start:stop], self.stack.weights[start:stop]
         average.lerp_(deployed, weight.expand_as(average))
 

@@ -1,6 +1,6 @@
 """Many fine-tuning jobs of one model, trained together: a batch of P x B sequences, every job its own.
 
-What `FineTuningSession` does for one job, with the same numbers up to the rounding of float32; see docs/population.md
+What `FineTuningSession` does for one job, with the same numbers but for rounding; see docs/population.md
 for what is exact. Jobs come and go at any time. Those that do the same number of steps lie next to each other, so a
 pass works on a range of rows and no job computes what it does not need.
 """

@@ -58,7 +58,7 @@ class PopulationTraining:
         start, longest = members[0].row, max(lengths)
         sequences, weights = interval_sequences(members, lengths)
         sequences = sequences.to(self._device)
-        shares = torch.from_numpy(weights).float().to(self._device, non_blocking=True)
+        shares = torch.from_numpy(weights).to(self._stack.weights.dtype).to(self._device, non_blocking=True)
         rates = np.zeros((longest, len(plans)))
         for place, plan in enumerate(plans):
             rates[: lengths[place], place] = plan.rates
