@@ -85,12 +85,15 @@ def lunar_lander(steps: int) -> dict[str, Any]:
 
 
 def acrobot(steps: int) -> dict[str, Any]:
-    """Reward -1 a step until the goal."""
+    """Reward -1 a step until the goal. One action is worth little: a distribution of returns is what orders them."""
     return {
-        **decaying(steps, 5e-4, 0.5),
-        "n_step": 5,
+        **decaying(steps, 1e-3, 0.5),
+        "head": "categorical",
+        "value_min": -10.0,
+        "value_max": 0.0,
+        "hidden_sizes": (256, 256),
+        "n_step": 3,
         "batch_size": 64,
-        "munchausen": True,
         "reward_scale": 0.1,
         "epsilon_decay_steps": max(steps // 8, 1),
     }
