@@ -98,7 +98,8 @@ def to_json_value(value: Any) -> Any:
         return [to_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value) if isinstance(value, Path) else value
+    # str: text of a class of its own, as torch's version is, is more than YAML can write.
+    return str(value) if isinstance(value, Path | str) else value
 
 
 class JsonlWriter:

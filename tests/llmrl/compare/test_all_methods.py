@@ -14,11 +14,15 @@ from llmrl.compare.execution import Setting, execute
 from llmrl.compare.level_choice import LevelChoice
 from llmrl.compare.methods import BestLevelMethod, resolve_methods, sweep_method
 from llmrl.compare.names import METHOD_NAMES, NUM_JOBS, NUM_LEVELS
+from llmrl.compare.page import make_html
 from llmrl.compare.plan import Plan, Run, make_plan
+from llmrl.compare.results import ComparisonShape, make_results
+from llmrl.compare.runner import _describe
 from llmrl.compare.units import make_units
 from llmrl.config import CompareConfig
 from llmrl.hosts.job import run_job
 from llmrl.policy_reference import DEFAULT
+from llmrl.run_directory import to_json_value
 
 METHODS = [name for name in METHOD_NAMES if name != DEFAULT]
 
@@ -68,6 +72,13 @@ def test_every_method_has_a_result_a_curve_and_its_cost(config, finished) -> Non
         assert result.loss_initial == results["linear"].loss_initial, name
         assert set(result.events) == {"skipped_steps", "spikes", "rollbacks", "fallbacks"}, name
     assert len({result.loss_test for result in results.values()}) > 15
+
+
+def test_the_report_tells_the_settings_of_every_method(config, finished) -> None:
+    described = _describe(resolve_methods(config, "hold"), "hold")
+    made = make_results(ComparisonShape.of(config), plan_of(config), finished[1], described)
+    page = make_html(to_json_value(made), title="all")
+    assert [name for name in METHODS if f"\n{name}:\n" not in page and f">{name}:\n" not in page] == []
 
 
 def test_searches_share_their_trials_and_never_choose_worse_than_the_given_rate(config, finished) -> None:
