@@ -196,9 +196,10 @@ class StackedRMSNorm(StackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """The normalised x [P x B, ..., d]; computed and scaled in the weight's number format."""
         if self._alone:
-            weight = self._alone["weight"]
-            return rms_normalised(x.to(weight.dtype), weight, self.eps)[0]
+            own = self._alone["weight"]
+            return rms_normalised(x.to(own.dtype), own, self.eps)[0]
         weight = self._parameters["weight"]
+        assert weight is not None
         folded = x.reshape(self._lanes(), -1, x.shape[-1]).to(weight.dtype)
         y: Tensor = RMSNormalisation.apply(folded, weight, self.eps, self._sink("weight"))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
