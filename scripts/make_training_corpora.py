@@ -6,7 +6,7 @@ The built-in model knows Python's library; real jobs also teach a model what it 
 other ways, which is as far from what the model knows as another language is:
 
     text-WRITING-NUMBER      documents of a topic, enciphered, reversed, in hexadecimal digits, in the other case, in
-                             Greek or Japanese letters, whose bytes no base model has ever seen
+                             Greek or Japanese letters, whose bytes base models hardly know
     answers-WRITING-NUMBER   prompt: the beginning of a line; completion: how it goes on, or the same in another writing
     labels-K-NUMBER          classification: from which of K topics a piece of text is; in some a share of the training
                              labels is wrong
@@ -48,7 +48,7 @@ def _letters_from(first: str) -> Callable[[str], str]:
     return lambda text: text.lower().translate(table)[:MOST_CHARACTERS]
 
 
-WRITINGS: dict[str, Callable[[str], str]] = {
+KNOWN_LETTERS: dict[str, Callable[[str], str]] = {
     "cipher": _cipher(1),
     "cipher2": _cipher(2),
     "reversed": lambda text: text[::-1],
@@ -56,8 +56,8 @@ WRITINGS: dict[str, Callable[[str], str]] = {
     "hex": lambda text: text.encode().hex()[:MOST_CHARACTERS],
     "swapped": str.swapcase,
 }
-UNSEEN: dict[str, Callable[[str], str]] = {"greek": _letters_from("α"), "kana": _letters_from("あ")}
-WRITINGS |= UNSEEN
+OTHER_LETTERS: dict[str, Callable[[str], str]] = {"greek": _letters_from("α"), "kana": _letters_from("あ")}
+WRITINGS = KNOWN_LETTERS | OTHER_LETTERS
 
 
 def texts(topic: str, writing: str) -> dict[str, Rows]:
@@ -97,7 +97,7 @@ def labels(topics: list[str], wrong: float, size: int, rng: np.random.Generator)
 def corpora(rng: np.random.Generator) -> dict[str, dict[str, Rows]]:
     """All of them by name; two topics, or one set, each."""
     found: dict[str, dict[str, Rows]] = {}
-    for writing in [name for name in WRITINGS if name not in UNSEEN]:
+    for writing in KNOWN_LETTERS:
         for number, topic in enumerate(rng.choice(TOPICS, 2, replace=False)):
             found[f"text-{writing}-{number}"] = texts(str(topic), writing)
     for writing in ("continue", "upper", "cipher", "reversed"):
@@ -107,7 +107,7 @@ def corpora(rng: np.random.Generator) -> dict[str, dict[str, Rows]]:
         for number, wrong in enumerate(shares):
             chosen = [str(topic) for topic in rng.choice(TOPICS, classes, replace=False)]
             found[f"labels-{classes}-{number}"] = labels(chosen, wrong, int(rng.choice([40, 80, 120])), rng)
-    for writing in UNSEEN:
+    for writing in OTHER_LETTERS:
         for number, topic in enumerate(rng.choice(TOPICS, 4, replace=False)):
             kind, rows = (
                 ("text", texts(str(topic), writing)) if number < 2 else ("answers", answers(str(topic), writing, rng))

@@ -114,11 +114,7 @@ def summary(name: str, steps: int, results: list[dict[str, Any]], changes: dict[
         "env_steps_per_second": float(np.median([result["env_steps_per_second"] for result in results])),
         "settings": settings_of(problem_of(name), steps, changes),
         "seeds": results,
-        "machine": {
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
+        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
     }
 
 

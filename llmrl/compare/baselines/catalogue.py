@@ -31,7 +31,7 @@ def make_baseline(name: str, warmup_fraction: float) -> Baseline:
 
 
 def _plateau(warmup_fraction: float) -> Baseline:
-    settings = {"factor": rates.PLATEAU_FACTOR, "patience": rates.PLATEAU_PATIENCE, "torch": str(torch.__version__)}
+    settings = {"factor": rates.PLATEAU_FACTOR, "patience": rates.PLATEAU_PATIENCE, "torch": torch.__version__}
     return _feedback("plateau", rates.plateau_rates, settings)
 
 
