@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.guards import SPIKE_MULTIPLE
+from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.interface.steering import Steering, SteeringUpdate
@@ -197,15 +198,23 @@ class DecisionLoop:
         self._num_decisions = 0
         self._observation: NDArray[np.float32] | None = None
 
-    def begin(self, statistics: TrainingStatistics, update_norm: float, weight_norm: float) -> None:
+    def begin(
+        self,
+        statistics: TrainingStatistics,
+        update_norm: float,
+        weight_norm: float,
+        label_nats: float = NOT_A_CLASSIFIER,
+    ) -> None:
         """Starts the job.
 
         Args:
             statistics: Those before the first step.
             update_norm: ||u|| as far as it is known.
             weight_norm: ||theta||.
+            label_nats: Nats in the label of an example; infinity unless the job classifies.
         """
-        self._observation = self.steering.begin(statistics, np.array([update_norm]), np.array([weight_norm]))
+        norms = np.array([update_norm]), np.array([weight_norm])
+        self._observation = self.steering.begin(statistics, *norms, label_nats=label_nats)
 
     @property
     def interval(self) -> int:

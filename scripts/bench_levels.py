@@ -51,7 +51,7 @@ def held_loss(job: Job, level: float, norm: str, settings: ScheduleSettings, see
     table = dataclasses.replace(action_table("moves_only"), levels=(level, 2 * level), default_level=0)
     schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
     if norm == "effective":
-        schedule.observe_mode(np.array([int(job.mode)]))
+        schedule.observe_job(np.array([int(job.mode)]), job.label_nats)
     update, weight = session.initial_norms()
     schedule.observe_norms(np.array([update]), np.array([weight]))
     for num_steps in decision_intervals(job.task.steps):

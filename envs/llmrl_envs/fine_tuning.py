@@ -171,7 +171,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         self._history = ScheduleHistory(self.table.names, sampled.task.name, sampled.task.steps)
         update, weight = self._session.initial_norms()
         statistics = self._session.initial_statistics()
-        observation = self._steering.begin(statistics, np.array([update]), np.array([weight]), hidden[None, :])
+        norms = np.array([update]), np.array([weight])
+        observation = self._steering.begin(statistics, *norms, hidden[None, :], job.label_nats)
         first: NDArray[np.float32] = observation[0]
         return first
 

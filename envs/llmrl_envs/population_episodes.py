@@ -166,7 +166,8 @@ class PopulationEpisodes:
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
         )
         hidden = np.stack([new.drawn.hidden for new in begun])
-        return self._steering.begin_lanes(np.array(lanes), schedule, statistics, norms[:, 0], norms[:, 1], hidden)
+        nats = np.array([new.member.job.label_nats for new in begun])
+        return self._steering.begin_lanes(np.array(lanes), schedule, statistics, norms[:, 0], norms[:, 1], hidden, nats)
 
     def _new_lane(self, drawn: DrawnJob) -> _Lane:
         sampled, spec = drawn.sampled, self._settings.reward_spec

@@ -90,7 +90,7 @@ def run_job(
         agree=context.agree if isinstance(context, AcceleratorContext) else None,
         guarded=guarded,
     )
-    loop.begin(session.initial_statistics(), *session.initial_norms())
+    loop.begin(session.initial_statistics(), *session.initial_norms(), job.label_nats)
     tell = on_decision or (lambda _: None)
     records = [] if saved is None else _resume(session, loop, saved)
     for record in records:

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
 from llmrl.live.generators import Generators
+from llmrl.live.labels import model_label_nats
 from llmrl.live.optimizers import (
     RateSetter,
     check_measurable,
@@ -130,7 +131,7 @@ class LiveJob:
         self._limit: float
         self._frozen: bool
         self._decision: Decision
-        self._begin(int(found.mode), found.trainable_fraction)
+        self._begin(int(found.mode), found.trainable_fraction, model_label_nats(model))
         if self._processes.rank == 0:
             level = logging.INFO if policy.network is None else logging.WARNING
             _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
@@ -165,7 +166,7 @@ class LiveJob:
             flat_vectors=found.flat_vectors,
         )
 
-    def _begin(self, mode: int, trainable_fraction: float) -> None:
+    def _begin(self, mode: int, trainable_fraction: float, label_nats: float) -> None:
         statistics = empty_statistics(
             np.array([self._options.total_steps]), np.array([mode]), np.array([trainable_fraction])
         )
@@ -175,7 +176,7 @@ class LiveJob:
         if not (math.isfinite(norms[0]) and norms[0] > 0.0):
             norms = self._recorder.initial_norms(parameters)
         agreed = self._processes.mean(torch.tensor(norms, dtype=torch.float64))
-        self.loop.begin(statistics, *agreed.tolist())
+        self.loop.begin(statistics, *agreed.tolist(), label_nats)
         self._decide()
 
     # -- steps ----------------------------------------------------------------------------------------------------

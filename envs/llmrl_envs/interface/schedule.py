@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
-from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TuningMode
+from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, job_scale
+from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 
 BaseName = Literal["constant", "linear", "cosine", "wsd", "wsd_40", "cosine_10", "inverse_sqrt", "polynomial"]
 BASE_NAMES: tuple[BaseName, ...] = get_args(BaseName)
@@ -31,12 +32,6 @@ SQRT_TIMESCALE_FRACTION = 0.05
 """Share of the budget that takes the place of a missing warm-up as the time scale of `inverse_sqrt`."""
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
-LORA_LEVEL_SCALE = 2.8
-"""Effective relative update of a LoRA job over that of full fine-tuning at the same level; see docs/log.md.
-
-It was measured on the effective change of the weights, which is what a level refers to. A job that is asked to measure
-the adapters' own norms instead (`level_norm="adapters"`, kept for comparison) gets the same factor, and wants more.
-"""
 
 _MOST_ROLLBACKS = 10**6
 _SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
@@ -202,7 +197,7 @@ class Schedule:
         self.weight_to_update: Floats = np.full(lanes, np.nan)
         self.num_measurements: Integers = np.zeros(lanes, np.int64)
         self.grid_shift: Floats = np.ones(lanes)
-        self.mode_scale: Floats = np.ones(lanes)
+        self.job_scale: Floats = np.ones(lanes)
         self.capable: Booleans = np.ones((lanes, len(_SETTING_CHOICES)), np.bool_)
 
     @property
@@ -224,7 +219,7 @@ class Schedule:
         self.weight_to_update[lanes] = np.nan
         self.num_measurements[lanes] = 0
         self.grid_shift[lanes] = 1.0
-        self.mode_scale[lanes] = 1.0
+        self.job_scale[lanes] = 1.0
         for flag in (self.frozen, self.tight, self.has_snapshot, self.fallen_back):
             flag[lanes] = False
 
@@ -235,9 +230,9 @@ class Schedule:
 
     # -- measurements ---------------------------------------------------------------------------------------------
 
-    def observe_mode(self, mode: Integers) -> None:
-        """Takes in what the jobs train, int64[E] of `TuningMode`, so that a level suits LoRA as it suits the rest."""
-        self.mode_scale = np.where(np.asarray(mode) == TuningMode.LORA, LORA_LEVEL_SCALE, 1.0)
+    def observe_job(self, mode: Integers, label_nats: Floats | float = NOT_A_CLASSIFIER) -> None:
+        """Takes in what the jobs train, int64[E] of `TuningMode`, and what labels hold, float64[E]; see `job_scale`."""
+        self.job_scale = job_scale(mode, np.broadcast_to(np.asarray(label_nats, np.float64), np.shape(mode)))
 
     def observe_norms(self, update_norm: Floats, weight_norm: Floats) -> None:
         """Takes in ||u|| and ||theta||, float64[E]; values that are not finite and positive are passed over.
@@ -261,7 +256,7 @@ class Schedule:
 
     def _keep_rate(self, lanes: Booleans, rate: Floats) -> None:
         """Moves the level to where the learning rate at the peak is `rate`, float64[E], exactly."""
-        wanted = np.where(lanes, rate / (self.weight_to_update * self.mode_scale), 1.0)
+        wanted = np.where(lanes, rate / (self.weight_to_update * self.job_scale), 1.0)
         nearest = np.abs(np.log(self._grid)[None, :] - np.log(wanted)[:, None]).argmin(axis=1)
         highest = np.clip(self.highest_level + nearest - self.level, 0, len(self._grid) - 1)
         self.highest_level = np.where(lanes, highest, self.highest_level)
@@ -277,7 +272,7 @@ class Schedule:
     def peak_rate(self) -> Floats:
         """The learning rate that each lane's level means where the base schedule is 1, float64[E]."""
         relative = self.table.unit is LevelUnit.RELATIVE_UPDATE
-        return self.level_value() * (self.weight_to_update * self.mode_scale if relative else self.given_rate)
+        return self.level_value() * (self.weight_to_update * self.job_scale if relative else self.given_rate)
 
     def factor(self, step: Integers) -> Floats:
         """Base schedule and cooldown at the optimizer steps with indices `step`, float64[E]."""
@@ -387,7 +382,7 @@ class Schedule:
     _STATE = (
         "step", "total_steps", "given_rate", "level", "highest_level", "decisions_since_change", "last_action",
         "frozen", "tight", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back", "weight_to_update",
-        "num_measurements", "grid_shift", "mode_scale", "capable",
+        "num_measurements", "grid_shift", "job_scale", "capable",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
@@ -395,6 +390,7 @@ class Schedule:
         return {name: getattr(self, name).copy() for name in self._STATE}
 
     def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` gave, in version 0.2 as well, which called the scale `mode_scale`."""
         for name in self._STATE:
-            setattr(self, name, np.array(state[name]))
+            older = name == "job_scale" and name not in state
+            setattr(self, name, np.array(state["mode_scale" if older else name]))

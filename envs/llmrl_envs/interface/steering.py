@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrl_envs.interface.guards import FallBehindGuard
+from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
 from llmrl_envs.interface.observation import ObservationEncoder, ObservationSpec
 from llmrl_envs.interface.schedule import Schedule
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TrainingStatistics
@@ -57,6 +58,7 @@ class Steering:
         update_norm: Floats,
         weight_norm: Floats,
         hidden: Booleans | None = None,
+        label_nats: Floats | float = NOT_A_CLASSIFIER,
     ) -> NDArray[np.float32]:
         """The first observation, float32[E, O].
 
@@ -65,11 +67,12 @@ class Steering:
             update_norm: float64[E], ||u|| as far as it is known before the first step.
             weight_norm: float64[E], ||theta||.
             hidden: bool[E, G], feature groups to withhold.
+            label_nats: float64[E], nats in the label of a classifier's example; see `job_scale`.
         """
         lanes = np.arange(self.schedule.num_lanes)
         self.encoder.reset(lanes, hidden)
         self.guard.reset(lanes)
-        self.schedule.observe_mode(statistics.mode)
+        self.schedule.observe_job(statistics.mode, label_nats)
         self.schedule.observe_norms(update_norm, weight_norm)
         return self.encoder.encode(statistics, self.schedule)
 
@@ -81,6 +84,7 @@ class Steering:
         update_norm: Floats,
         weight_norm: Floats,
         hidden: Booleans | None = None,
+        label_nats: Floats | float = NOT_A_CLASSIFIER,
     ) -> NDArray[np.float32]:
         """Starts new jobs in some lanes while the others go on; their first observations, float32[len(lanes), O].
 
@@ -91,9 +95,10 @@ class Steering:
             update_norm: ||u||.
             weight_norm: ||theta||.
             hidden: Feature groups to withhold.
+            label_nats: Nats in the label of an example.
         """
         newcomers = Steering(self.spec, fresh, guarded=self._guarded)
-        observation = newcomers.begin(statistics, update_norm, weight_norm, hidden)
+        observation = newcomers.begin(statistics, update_norm, weight_norm, hidden, label_nats)
         state = self.state_dict()
         for name, value in newcomers.state_dict().items():
             state[name][lanes] = value

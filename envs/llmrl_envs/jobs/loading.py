@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrl_envs.errors import UserError
+from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, label_nats
 from llmrl_envs.interface.statistics import TuningMode
 from llmrl_envs.jobs.data import TaskData, load_task_data
 from llmrl_envs.jobs.models import LoadedModel, check_length, load_model, load_tokenizer
@@ -48,6 +49,11 @@ class Job:
     def mode(self) -> TuningMode:
         """What the job trains."""
         return TuningMode.LORA if self.task.mode == "lora" else TuningMode.FULL
+
+    @property
+    def label_nats(self) -> float:
+        """Nats in the label of an example, which say what a level means; infinity unless the job classifies."""
+        return NOT_A_CLASSIFIER if self.data.num_labels is None else label_nats(self.data.num_labels)
 
     @torch.no_grad()
     def restore_initial_weights(self) -> None:

@@ -24,7 +24,6 @@ MOST_JOBS = {"cpu": 64, "cuda": 1024}
 """Beyond these a pass is wide enough to keep the device busy, and more jobs only take memory."""
 
 _TRAINING_ROWS, _BEST_ROWS = 4, 3
-_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def job_memory(session: PopulationSession, job: Job, *, rolls_back: bool, averag
         rolls_back: Best states are kept.
         averaged: Averaged weights are kept.
     """
-    width = session.stack.layout.num_columns * _FLOAT_BYTES
+    width = session.stack.layout.num_columns * session.stack.weights.element_size()
     rows = _TRAINING_ROWS + averaged + (_BEST_ROWS + averaged if rolls_back else 0)
     activations = measure_activations(session, job, 1)
     return JobMemory(rows * width, (_TRAINING_ROWS + averaged) * width, activations)

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""One change of a policy's training at a time: what reward, returns, actions and schedule are worth.
+
+    python scripts/ablate_training.py --config configs/train/quickstart.yaml --seeds 3 --output ablation
+
+Each row is `llmrl train` with the configuration and one change, from the same seeds, judged by its greedy policy: score
+on sixteen jobs that are the same in all rows, the improvement of the validation loss over that of linear decay from the
+default rate. Holding is scored beside it. Differences to the base are taken seed by seed. Runs lie in the output
+directory and are not repeated, nor is what an interrupted one has done. `ablation.json` there holds {config,
+first_seed, rows} with rows as those of `ablate_dqn.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ablate_dqn import summary, table
+
+JOBS = ("env.population=16", "training.evaluation_period_episodes=0", "training.evaluation_episodes=16",
+        "tracking.wandb=disabled")  # fmt: skip
+ROWS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "loss of averaged weights, half an interval": ("env.reward.average_intervals=0.5",),
+    "loss of averaged weights, one interval": ("env.reward.average_intervals=1.0",),
+    "no reference in the reward": ("env.reward.baseline=none",),
+    "no cost of a switch": ("env.reward.switch_cost=0.0",),
+    "n_step 1": ("agent.n_step=1",),
+    "Monte-Carlo returns": ("agent.n_step=12",),
+    "myopic (gamma 0)": ("agent.gamma=0.0", "agent.n_step=1"),
+    "fine moves": ("env.actions=careful", "agent.default_action=3"),
+    "moves and update choices": ("env.actions=moves",),
+    "moves with update choices, jointly": ("env.actions=joint",),
+    "absolute levels": ("env.actions=levels", "agent.default_action=4"),
+    "factors on the given rate": ("env.actions=factors", "agent.default_action=3"),
+    "constant base": ("env.schedule.base=constant",),
+    "cosine base": ("env.schedule.base=cosine",),
+    "start at the given rate": ("env.schedule.start=given",),
+    "level final after 15 %": ("env.schedule.cooldown_progress=0.15",),
+    "one decision seen": ("env.observation.stack=1",),
+    "24 demonstrations": ("training.demonstrations=24",),
+    "no margin": ("agent.default_action_margin=0.0",),
+    "quantile head": ("agent.head=quantile",),
+    "quantile head, lower half": ("agent.head=quantile", "agent.cvar_level=0.5"),
+}  # fmt: skip
+
+
+def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> dict[str, Any]:
+    """One run, or what is left of it: its greedy policy's score."""
+    results = folder / "policy" / "config.json"
+    start = time.perf_counter()
+    if not results.is_file():
+        command = [sys.executable, "-m", "llmrl", "train", "--config", str(config), "--output", str(folder)]
+        resume = ["--resume"] if folder.is_dir() else []
+        subprocess.run(
+            [*command, *resume, f"seed={seed}", *JOBS, *changes],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    found = json.loads(results.read_text(encoding="utf-8"))["provenance"]["results"]
+    return {
+        "return": found["score"],
+        "hold": found["hold_score"],
+        "diverged": found["diverged"],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/train/quickstart.yaml"))
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="the seeds count from here")
+    parser.add_argument("--only", nargs="*", choices=sorted(ROWS), metavar="NAME", help="these rows, and the base")
+    parser.add_argument("--output", type=Path, required=True, help="directory")
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"expected at least one seed, got {options.seeds}")
+    report: dict[str, Any] = {"config": str(options.config), "first_seed": options.first_seed, "rows": []}
+    for number, (name, changes) in enumerate(ROWS.items()):
+        if options.only and name not in ("base", *options.only):
+            continue
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        runs = [train(options.config, options.output / f"{number}-{seed}", seed, changes) for seed in seeds]
+        base = report["rows"][0]["returns"] if report["rows"] else [run["return"] for run in runs]
+        report["rows"].append(summary(name, {"overrides": list(changes)}, runs, base))
+        print(json.dumps(report["rows"][-1]), flush=True)
+        text = json.dumps(report, indent=1) + "\n"
+        (options.output / "ablation.json").write_text(text, encoding="utf-8")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
