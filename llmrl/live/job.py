@@ -176,7 +176,8 @@ class LiveJob:
         if not (math.isfinite(norms[0]) and norms[0] > 0.0):
             norms = self._recorder.initial_norms(parameters)
         agreed = self._processes.mean(torch.tensor(norms, dtype=torch.float64))
-        self.loop.begin(statistics, *agreed.tolist(), label_nats)
+        update_norm, weight_norm = agreed.tolist()
+        self.loop.begin(statistics, update_norm, weight_norm, label_nats)
         self._decide()
 
     # -- steps ----------------------------------------------------------------------------------------------------

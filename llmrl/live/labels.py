@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, label_nats
 from torch import nn
@@ -21,7 +22,7 @@ def model_label_nats(model: nn.Module) -> float:
     """
     for module in model.modules():
         if _ONE_LABEL_AN_EXAMPLE.search(type(module).__name__):
-            config = module.config
+            config: Any = module.config
             if config.problem_type == "multi_label_classification":
                 return float(config.num_labels * math.log(2))
             return label_nats(1 if config.problem_type == "regression" else config.num_labels)
