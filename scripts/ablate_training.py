@@ -73,7 +73,7 @@ def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> di
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/train/quickstart.yaml"))
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="the seeds count from here")
     parser.add_argument("--only", nargs="*", choices=sorted(ROWS), metavar="NAME", help="these rows, and the base")
     parser.add_argument("--output", type=Path, required=True, help="directory")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"expected at least one seed, got {options.seeds}")
     report: dict[str, Any] = {"config": str(options.config), "first_seed": options.first_seed, "rows": []}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ACTION_TABLES, UpdateChoice, action_table
-from llmrl_envs.interface.job_scale import FULL_LABEL_NATS, LORA_LEVEL_SCALE, label_nats
+from llmrl_envs.interface.job_scale import LORA_LEVEL_SCALE
 from llmrl_envs.interface.schedule import (
     TIGHT_CLIPPING,
     Schedule,
@@ -127,23 +127,6 @@ def test_a_level_means_more_for_adapters_but_a_given_rate_is_a_given_rate(start)
     schedule.reset(np.array([0]), np.array([100]), np.array([1e-3]))
     schedule.observe_norms(np.array([2.0]), np.array([8.0]))
     assert rate(schedule, 0) == pytest.approx(1e-3 if start == "given" else 2.5e-3 * 4.0, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("classes", "nats"),
-    [(2, np.log(2)), (1, np.log(2)), (20, np.log(20)), (55, FULL_LABEL_NATS), (1000, FULL_LABEL_NATS)],
-)
-def test_a_level_means_less_where_labels_hold_little(classes, nats):
-    schedule = build(norms=None, warmup_fraction=0.0)
-    schedule.observe_job(np.array([TuningMode.FULL]), label_nats(classes))
-    schedule.observe_norms(np.array([2.0]), np.array([8.0]))
-    assert rate(schedule, 0) == pytest.approx(np.sqrt(nats / FULL_LABEL_NATS) * 2.5e-3 * 4.0, rel=1e-12)
-
-
-@pytest.mark.parametrize("classes", [0, -1])
-def test_labels_of_no_class_are_refused(classes):
-    with pytest.raises(ValueError, match=f"expected at least 1, got {classes}"):
-        label_nats(classes)
 
 
 def test_a_state_of_version_0_2_loads():
