@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from llmrl_envs.jobs.loading import Job
+from llmrl_envs.jobs.peak_memory import peak_allocation
 from llmrl_envs.jobs.population.members import IntervalPlan
 from llmrl_envs.jobs.population.session import PopulationSession
-from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 
 USABLE_SHARE = 0.8
 """Share of the free memory that is planned with: passes need room for temporaries too."""
@@ -33,7 +33,7 @@ class JobMemory:
     Attributes:
         row: What is kept of it as long as it lasts.
         reference: The row of a reference run.
-        activations: What a step keeps between its forward and its backward pass.
+        activations: The most that a step takes beside rows: what it keeps for its backward pass, and gradients of that.
     """
 
     row: int
@@ -62,12 +62,10 @@ def job_memory(session: PopulationSession, job: Job, *, rolls_back: bool, averag
 
 
 def measure_activations(session: PopulationSession, job: Job, num_jobs: int) -> int:
-    """Most bytes that one step of so many equal jobs keeps for its backward pass; the jobs are gone afterwards."""
+    """Most bytes that one step of so many equal jobs takes beside their rows; the jobs are gone afterwards."""
     session.reserve(len(session.members) + num_jobs)
     members = [session.add(job, 0) for _ in range(num_jobs)]
-    own = [session.stack.weights, session.stack.gradients, *session.stack.model.parameters()]
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in own}
-    with counted_saved_tensors(ignored) as peak:
+    with peak_allocation(session.device) as peak:
         session.run_interval([IntervalPlan(member, np.zeros(1), 1.0, probe=False) for member in members])
     for member in members:
         session.remove(member)
