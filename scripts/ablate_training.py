@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,6 @@ ROWS: dict[str, tuple[str, ...]] = {
 def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> dict[str, Any]:
     """One run, or what is left of it: its greedy policy's score."""
     results = folder / "policy" / "config.json"
-    start = time.perf_counter()
     if not results.is_file():
         command = [sys.executable, "-m", "llmrl", "train", "--config", str(config), "--output", str(folder)]
         resume = ["--resume"] if folder.is_dir() else []
@@ -65,12 +63,7 @@ def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> di
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     found = json.loads(results.read_text(encoding="utf-8"))["provenance"]["results"]
-    return {
-        "return": found["score"],
-        "hold": found["hold_score"],
-        "diverged": found["diverged"],
-        "seconds": time.perf_counter() - start,
-    }
+    return {"return": found["score"], "hold": found["hold_score"], "diverged": found["diverged"]}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -32,13 +32,15 @@ def test_rows_are_trained_once_and_listed(script, tmp_path, monkeypatch, capsys)
     short = ("training.decisions=24", "training.evaluation_episodes=1", "tracking.wandb=disabled")
     monkeypatch.setattr(script, "JOBS", short)
     config, output = ROOT / "configs" / "train" / "smoke.yaml", tmp_path / "ablation"
-    reports = []
+    reports, trained = [], []
     for _ in range(2):
         script.main(["--config", str(config), "--seeds", "1", "--only", "n_step 1", "--output", str(output)])
         reports.append(json.loads((output / "ablation.json").read_text()))
+        trained.append([path.stat().st_mtime_ns for path in sorted(output.glob("*/policy/model.safetensors"))])
     first, again = ([row["returns"] for row in report["rows"]] for report in reports)
     assert first == again
     assert [row["name"] for row in reports[1]["rows"]] == ["base", "n_step 1"]
-    assert max(row["details"]["seconds"][0] for row in reports[1]["rows"]) < 1.0
+    assert trained[0] == trained[1]
+    assert len(trained[0]) == 2
     assert reports[1]["rows"][1]["difference"] == pytest.approx(again[1][0] - again[0][0])
     assert "| base |" in capsys.readouterr().out
