@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.action import UpdateChoice, action_table
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule import WSD_DECAY_FRACTIONS, ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -108,7 +108,7 @@ class EnvConfig(Settings):
         groups: Jobs of a population that share task, given rate, seed and data order; the first of each group holds.
         tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere. Other keys that an environment
             does not read are refused as well.
-        actions: Name of the action table: moves, moves_only, careful, joint, levels, factors.
+        actions: Name of the action table: moves, moves_only, decay, careful, joint, levels, factors.
         observation: What the policy sees.
         reward: How the reward is made.
         schedule: What an action changes.
@@ -232,7 +232,8 @@ class TrainingConfig(Settings):
         demonstrations: Episodes that a script plays into the replay before the agent acts; updates go on meanwhile.
         demonstrator: What the script plays: `schedules`, known ones (linear, cosine, warm-up-stable-decay) at random
             levels; `neighbours`, a level in each job of a group, another one in each (see
-            `llmrl/training/neighbours.py`).
+            `llmrl/training/neighbours.py`); `decay_times`, the default level with a decay that begins at another time
+            in each job of a group (see `llmrl/training/decay_times.py`).
         checkpoint_period_episodes: Episodes between checkpoints.
         evaluation_period_episodes: Episodes between evaluations of the greedy policy; 0 evaluates at the end only.
         evaluation_episodes: Episodes of one evaluation.
@@ -244,7 +245,7 @@ class TrainingConfig(Settings):
 
     decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
-    demonstrator: Literal["schedules", "neighbours"] = "schedules"
+    demonstrator: Literal["schedules", "neighbours", "decay_times"] = "schedules"
     holds_on: tuple[Literal["classification"], ...] = ()
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
@@ -290,10 +291,24 @@ class TrainConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _check_groups_of_neighbours(self) -> TrainConfig:
-        if self.training.demonstrator == "neighbours" and (self.env.groups != 7 or self.env.population != 7):
+    def _check_groups_of_demonstrators(self) -> TrainConfig:
+        name = self.training.demonstrator
+        size = {"neighbours": 7, "decay_times": 6}.get(name)
+        if size is not None and (self.env.groups != size or self.env.population != size):
+            what = "level" if name == "neighbours" else "time"
             raise ValueError(
-                "training.demonstrator neighbours needs env.population 7 and env.groups 7: a job for each level"
+                f"training.demonstrator {name} needs env.population {size} and env.groups {size}: a job for each {what}"
+            )
+        choices = {action.choice for action in action_table(self.env.actions).actions}
+        if name == "decay_times" and UpdateChoice.COOLDOWN not in choices:
+            raise ValueError(
+                "training.demonstrator decay_times needs env.actions with a cooldown, such as decay, got "
+                f"{self.env.actions}"
+            )
+        if name == "decay_times" and self.env.schedule.base not in ("constant", *WSD_DECAY_FRACTIONS):
+            raise ValueError(
+                "training.demonstrator decay_times needs an env.schedule.base that stays at its peak, constant, wsd or "
+                f"wsd_40, got {self.env.schedule.base}"
             )
         return self
 

@@ -86,7 +86,7 @@ class SchedulePolicy:
     @property
     def digest(self) -> str:
         """SHA-256, shortened, of everything that decisions follow from: languages, schedule and network."""
-        languages = [self.table.hash, self.spec.hash, dataclasses.asdict(self.settings), *self.holds_on]
+        languages = [self.table.hash, self.spec.hash, self.settings.identity(), *self.holds_on]
         found = hashlib.sha256(json.dumps(languages, sort_keys=True).encode())
         if self.network is not None:
             found.update(self.network.config.model_dump_json().encode())

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable
 from llmrl_envs.interface.observation import OBSERVATION_VERSION, ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule import ADDED_SETTINGS, ScheduleSettings
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmrl.policy_reference import CONFIG_FILE, WEIGHTS_FILE, shortened
@@ -285,7 +285,7 @@ def _read_spec(config: PolicyConfig, table: ActionTable, folder: Path) -> Observ
 def _read_settings(config: PolicyConfig, folder: Path) -> ScheduleSettings:
     where = str(folder / CONFIG_FILE)
     wanted = {field.name for field in dataclasses.fields(ScheduleSettings)}
-    if config.schedule.keys() != wanted:
+    if not wanted - ADDED_SETTINGS <= config.schedule.keys() <= wanted:
         raise UserError(
             "the policy's schedule settings cannot be read",
             expected=f"the keys {', '.join(sorted(wanted))}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -194,7 +194,7 @@ def _policy(name: str, source: str, config: CompareConfig) -> PolicyMethod:
 def _steered(name: str, policy: SchedulePolicy, settings: ScheduleSettings, *, guarded: bool) -> PolicyMethod:
     """A level of relative update size that starts at its default has no use for the given rate."""
     depends_on_rate = policy.table.unit is not LevelUnit.RELATIVE_UPDATE or settings.start == "given"
-    description = {"actions": policy.table.name, "schedule": asdict(settings), "guarded": guarded}
+    description = {"actions": policy.table.name, "schedule": settings.identity(), "guarded": guarded}
     digest = _policy_digest(policy, settings, guarded=guarded)
     return PolicyMethod(name, digest, depends_on_rate, description, policy, settings, guarded)
 
@@ -229,7 +229,7 @@ def _best_level(config: CompareConfig) -> BestLevelMethod:
     fingerprints = Fingerprints()
     tasks = [[task.model_dump(mode="json"), fingerprints.of_task(task)] for task in config.tasks]
     content = {"levels": [level.digest for level in levels], "tasks": tasks, "seeds": list(config.seeds)}
-    description = {"levels": list(hold.table.levels), "schedule": asdict(hold.settings)}
+    description = {"levels": list(hold.table.levels), "schedule": hold.settings.identity()}
     return BestLevelMethod(BEST_CONSTANT, _hash(content), False, description, tuple(levels))
 
 
@@ -242,7 +242,7 @@ def _policy_digest(policy: SchedulePolicy, settings: ScheduleSettings, *, guarde
     description = {
         "actions": policy.table.hash,
         "observation": policy.spec.hash,
-        "settings": asdict(settings),
+        "settings": settings.identity(),
         "guarded": guarded,
         "network": None if policy.network is None else policy.network.config.model_dump(mode="json"),
     }

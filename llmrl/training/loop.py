@@ -28,6 +28,7 @@ from llmrl.dqn.collector import Collector, Episode
 from llmrl.failures import print_message
 from llmrl.run_directory import atomic_write_text, create_run_directory
 from llmrl.training.checkpoint import CHECKPOINTS
+from llmrl.training.decay_times import DecayTimes
 from llmrl.training.demonstrations import Demonstrator
 from llmrl.training.evaluation import Evaluator
 from llmrl.training.experience import take_experience
@@ -180,19 +181,21 @@ class TrainingRun:
         if metrics is not None:
             self._learner_metrics = metrics
 
-    def _demonstrator(self) -> Demonstrator | NeighbourLevels:
+    def _demonstrator(self) -> Demonstrator | NeighbourLevels | DecayTimes:
         present = self.collector.agent
-        if not isinstance(present, Demonstrator | NeighbourLevels) or self.collector.at_episode_boundary:
+        if not isinstance(present, Demonstrator | NeighbourLevels | DecayTimes) or self.collector.at_episode_boundary:
             language = schedule_language(self.env)
             if language is None:
                 raise UserError("this environment has no demonstrations", expected="0", where="training.demonstrations")
             seed = process_seed(self.config.seed, self.processes.rank)
             rng = np.random.default_rng([seed, 11, self.num_episodes])
+            table, spec, schedule = language
+            num_envs = self.collector.num_envs
             if self.config.training.demonstrator == "neighbours":
-                table, spec, schedule = language
-                latest = schedule.cooldown_progress
-                return NeighbourLevels(self.agent, table, spec, self.collector.num_envs, latest, rng)
-            return Demonstrator(self.agent, *language, self.collector.num_envs, rng)
+                return NeighbourLevels(self.agent, table, spec, num_envs, schedule.cooldown_progress, rng)
+            if self.config.training.demonstrator == "decay_times":
+                return DecayTimes(self.agent, table, spec, num_envs, schedule.base)
+            return Demonstrator(self.agent, table, spec, schedule, num_envs, rng)
         return present
 
     def _epsilon(self) -> float:

@@ -24,6 +24,7 @@ from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import Agent
+from llmrl.training.contrasts import Sight, in_units_of_best, store_contrast
 
 PLACES = (0, -3, -2, -1, 1, 2, 3)
 """Levels of a group's members, as grid places from the default; the first member is the one that holds."""
@@ -34,16 +35,6 @@ FARTHEST = 2
 """Grid places that a level moves at one decision."""
 EARLINESS = 1.7
 """Groups part at the first decision from progress `latest / 2 * U**EARLINESS` on, so that two moves find room."""
-SMALLEST_UNIT = 0.25
-"""Least unit of contrasts, as a return: where no member gains much, differences are noise."""
-
-
-@dataclass
-class _Sight:
-    """What a member saw at a decision."""
-
-    obs: NDArray[Any]
-    mask: NDArray[np.bool_]
 
 
 @dataclass
@@ -51,7 +42,7 @@ class _Member:
     """A job of a group under way: how far it is from its level, and what it saw there."""
 
     way: int
-    seen: list[_Sight] = field(default_factory=list)
+    seen: list[Sight] = field(default_factory=list)
     gain: float = 0.0
     is_over: bool = False
 
@@ -103,7 +94,7 @@ class NeighbourLevels:
                 self._due[lane] = self._draw_parting() if place == 0 else self._due[lane - 1]
             member = self._members[lane]
             if member.way == 0 and progress < self._latest:
-                member.seen.append(_Sight(row.copy(), mask[lane if place else lane + NEAREST].copy()))
+                member.seen.append(Sight(row.copy(), mask[lane if place else lane + NEAREST].copy()))
             elif progress >= self._due[lane]:
                 move = int(np.clip(member.way, -FARTHEST, FARTHEST))
                 if mask[lane, self._action_of[move]]:
@@ -140,47 +131,17 @@ class NeighbourLevels:
     def _tell(self, first: int, group: list[_Member]) -> None:
         """Passes a group's contrasts on, in the lanes in which they were seen."""
         measured = {place: member.gain for place, member in zip(PLACES, group, strict=True) if member.way == 0}
-        unit = max(SMALLEST_UNIT, *measured.values())
         places = sorted(measured)
-        fitted = with_one_peak(np.array([max(measured[place], -unit) for place in places]))
-        gains = dict(zip(places, fitted.tolist(), strict=True))
+        gains = dict(zip(places, in_units_of_best([measured[place] for place in places]), strict=True))
         for offset, (place, member) in enumerate(zip(PLACES, group, strict=True)):
             for sight in member.seen if place in gains else ():
                 for move in range(-FARTHEST, FARTHEST + 1):
                     action = self._action_of[move]
                     if place + move in gains and sight.mask[action]:
-                        self._store(first + offset, sight, action, (gains[place + move] - gains[place]) / unit)
-
-    def _store(self, lane: int, sight: _Sight, action: int, gain: float) -> None:
-        num_envs = len(self._members)
-        obs, mask = np.repeat(sight.obs[None], num_envs, axis=0), np.repeat(sight.mask[None], num_envs, axis=0)
-        here, nowhere = np.arange(num_envs) == lane, np.zeros(num_envs, np.bool_)
-        actions, gains = np.full(num_envs, action, np.int64), np.full(num_envs, gain)
-        self._agent.observe(obs, actions, gains, here, nowhere, obs, mask, mask, valid=here)
+                        gain = gains[place + move] - gains[place]
+                        store_contrast(self._agent, len(self._members), first + offset, sight, action, gain)
 
     def end_episodes(self) -> None:
         """Forgets what is under way."""
         self._members = [_Member(0) for _ in self._members]
         self._agent.end_episodes()
-
-
-def with_one_peak(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sequence nearest to `values` by least squares that rises to a peak and falls from there, float64[N].
-
-    Args:
-        values: float64[N], finite.
-    """
-    fits = [np.concatenate([_rising(values[:peak]), -_rising(-values[peak:])]) for peak in range(len(values) + 1)]
-    return min(fits, key=lambda fit: float(np.square(fit - values).sum()))
-
-
-def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The nearest sequence that never falls: neighbours that do are pooled (Ayer et al. 1955), float64[N]."""
-    pools: list[tuple[float, int]] = []
-    for value in values.tolist():
-        mean, count = value, 1
-        while pools and pools[-1][0] > mean:
-            before, size = pools.pop()
-            mean, count = (before * size + mean * count) / (size + count), size + count
-        pools.append((mean, count))
-    return np.repeat([mean for mean, _ in pools], [count for _, count in pools])

@@ -181,6 +181,15 @@ def test_what_is_missing_from_the_config_is_not_filled_in(folder: Path) -> None:
         SchedulePolicy.from_pretrained(folder)
 
 
+def test_a_policy_of_a_version_without_a_setting_has_its_default(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    before = SchedulePolicy.from_pretrained(folder)
+    edit(folder, schedule={name: v for name, v in values["schedule"].items() if name != "earliest_cooldown"})
+    older = SchedulePolicy.from_pretrained(folder)
+    assert older.settings == before.settings
+    assert older.digest == before.digest
+
+
 @pytest.mark.parametrize("section", ["action_table", "observation"])
 def test_an_extra_key_anywhere_is_refused(folder: Path, section: str) -> None:
     values = json.loads((folder / "config.json").read_text())

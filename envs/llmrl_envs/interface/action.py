@@ -164,6 +164,7 @@ ACTION_TABLES: dict[str, ActionTable] = {
     for table in (
         ActionTable("moves", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES + _CHOICES),
         ActionTable("moves_only", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES),
+        ActionTable("decay", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, (_MOVES[2], _CHOICES[-1])),
         ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _joint_actions()),
         ActionTable("careful", LevelUnit.RELATIVE_UPDATE, _FINE_GRID, 5, _CAREFUL),
         ActionTable("levels", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _LEVELS),

@@ -12,8 +12,8 @@ the table of factors the learning rate is factor * base(t) * given_rate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,9 @@ SQRT_TIMESCALE_FRACTION = 0.05
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
 
+ADDED_SETTINGS = frozenset({"earliest_cooldown"})
+"""Settings that policies of earlier versions lack: they have the default."""
+
 _MOST_ROLLBACKS = 10**6
 _SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
 
@@ -49,6 +52,7 @@ class ScheduleSettings:
             moments have filled, so the first few measurements move the level and leave the rate alone.
         rollbacks: How many times a job may return to its best snapshot.
         cooldown_progress: Share of the budget after which the level is final.
+        earliest_cooldown: Share of the budget from which a job may commit to a cooldown; never before its warm-up ends.
         smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
     """
 
@@ -57,6 +61,7 @@ class ScheduleSettings:
     start: Literal["default", "given"] = "default"
     rollbacks: int = 2
     cooldown_progress: float = 0.9
+    earliest_cooldown: float = 0.25
     smoothing: float = 0.5
 
     def __post_init__(self) -> None:
@@ -73,6 +78,7 @@ class ScheduleSettings:
             ("start", "default or given", self.start in ("default", "given")),
             ("rollbacks", f"0 to {_MOST_ROLLBACKS}", 0 <= self.rollbacks <= _MOST_ROLLBACKS),
             ("cooldown_progress", "a share of the budget in [0, 1]", 0.0 <= self.cooldown_progress <= 1.0),
+            ("earliest_cooldown", "a share of the budget in [0, 1]", 0.0 <= self.earliest_cooldown <= 1.0),
             ("smoothing", "a weight in (0, 1]", 0.0 < self.smoothing <= 1.0),
         ):
             if not fits:
@@ -82,6 +88,11 @@ class ScheduleSettings:
                     got=repr(getattr(self, name)),
                     where=f"schedule.{name}",
                 )
+
+    def identity(self) -> dict[str, Any]:
+        """What a digest of the settings is made of: the same as in earlier versions where nothing new is set."""
+        fresh = ScheduleSettings()
+        return {k: v for k, v in asdict(self).items() if k not in ADDED_SETTINGS or v != getattr(fresh, k)}
 
     def warmup_steps(self, total_steps: Integers) -> Integers:
         """Optimizer steps of warm-up, int64[E]."""
@@ -305,12 +316,13 @@ class Schedule:
         """Which actions are available, bool[E, A]; holding always is, and alone after a cooldown."""
         target = self.target_levels()
         available = (target >= 0) & (target < len(self._grid))
-        progress = self.step / self.total_steps
+        warm = self.step >= self.settings.warmup_steps(self.total_steps)
+        late = self.step >= self.settings.earliest_cooldown * self.total_steps
         for choice, allowed in (
             (UpdateChoice.ROLLBACK, self.has_snapshot & (self.rollbacks_left > 0)),
             (UpdateChoice.FREEZE, np.ones(self.num_lanes, np.bool_)),
             (UpdateChoice.TIGHTEN, np.ones(self.num_lanes, np.bool_)),
-            (UpdateChoice.COOLDOWN, progress >= 0.25),
+            (UpdateChoice.COOLDOWN, warm & late),
         ):
             place = _SETTING_CHOICES.index(choice)
             available[:, self._choices == place] &= (allowed & self.capable[:, place])[:, None]

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from llmrl.config import TrainConfig
 from llmrl.policy import SchedulePolicy
 from llmrl.run_directory import read_jsonl
+from llmrl.training.contrasts import SMALLEST_UNIT, with_one_peak
 from llmrl.training.loop import train
-from llmrl.training.neighbours import GROUP_SIZE, PLACES, SMALLEST_UNIT, NeighbourLevels, with_one_peak
+from llmrl.training.neighbours import GROUP_SIZE, PLACES, NeighbourLevels
 
 TABLE = action_table("moves_only")
 SPEC = ObservationSpec(TABLE)

@@ -75,7 +75,7 @@ def test_without_warmup_the_first_step_is_at_the_peak():
 def test_settings_out_of_range_are_refused_by_name():
     bad = {
         "base": "linaer", "warmup_fraction": 1.0, "start": "gvien", "rollbacks": -1, "cooldown_progress": 1.5,
-        "smoothing": 0.0,
+        "smoothing": 0.0, "earliest_cooldown": 1.5,
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(UserError, match=name if name != "base" else "base schedule"):
@@ -263,6 +263,26 @@ def test_after_a_cooldown_only_holding_is_left_and_the_rate_falls_to_zero():
     do(schedule, "two_up", "freeze")
     assert rate(schedule, 70) == pytest.approx(0.5 * peak)
     assert not schedule.frozen[0]
+
+
+def test_a_cooldown_may_begin_as_early_as_the_settings_say_but_not_within_the_warmup():
+    schedule = build(base="wsd_40", warmup_fraction=0.1, earliest_cooldown=0.05)
+    at(schedule, 9)
+    assert "cooldown" not in available(schedule)
+    at(schedule, 10)
+    assert "cooldown" in available(schedule)
+    do(schedule, "cooldown")
+    linear = build(warmup_fraction=0.1)
+    assert [rate(schedule, step) for step in (10, 40, 100)] == pytest.approx([rate(linear, s) for s in (10, 40, 100)])
+
+
+def test_settings_that_earlier_versions_lack_change_an_identity_only_where_they_are_set():
+    assert "earliest_cooldown" not in ScheduleSettings().identity()
+    assert ScheduleSettings(earliest_cooldown=0.05).identity()["earliest_cooldown"] == 0.05
+    assert ScheduleSettings().identity() == {
+        "base": "linear", "warmup_fraction": 0.05, "start": "default", "rollbacks": 2, "cooldown_progress": 0.9,
+        "smoothing": 0.5,
+    }  # fmt: skip
 
 
 def test_a_cooldown_goes_on_from_where_the_base_stood():
