@@ -102,11 +102,15 @@ def acrobot(steps: int) -> dict[str, Any]:
 def mountain_car(steps: int) -> dict[str, Any]:
     """The goal is met by chance only if exploratory actions last: they repeat; velocities are tiny: standardised.
 
-    They last until the end: with fewer of them one seed in three settles on a policy that swings once too often.
+    They last until the end: with fewer of them one seed in three settles on a policy that swings once too often. Long
+    returns carry the goal's news back, but hold what was explored: they shrink to one step by five sixths of the run.
     """
+    settings = decaying(steps, 1e-3, 0.5)
     return {
-        **decaying(steps, 1e-3, 0.5),
+        **settings,
         "n_step": 10,
+        "n_step_end": 1,
+        "horizon_learner_steps": max(settings["learning_rate_decay_steps"] * 5 // 6, 1),
         "batch_size": 64,
         "reward_scale": 0.1,
         "normalize_obs": True,
@@ -208,8 +212,11 @@ def problem_of(name: str) -> Problem:
 
 
 def settings_of(problem: Problem, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """The problem's settings with changes; a rate that decays over the run does so for another replay ratio too."""
+    """The problem's settings with changes; what changes over the run's updates does so for another replay ratio too."""
     settings = problem.settings(steps)
     if "replay_ratio" in changes and "learning_rate_decay_steps" in settings:
-        settings["learning_rate_decay_steps"] = max(int(steps * changes["replay_ratio"]), 1)
+        times = changes["replay_ratio"] / settings["replay_ratio"]
+        for name in ("learning_rate_decay_steps", "horizon_learner_steps"):
+            if name in settings:
+                settings[name] = max(round(settings[name] * times), 1)
     return {**settings, **changes}

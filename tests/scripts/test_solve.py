@@ -37,6 +37,8 @@ def test_the_rate_decays_over_the_run_for_another_replay_ratio_too(scripts):
     assert settings_of(problem, 1_000, {"replay_ratio": 2.0})["learning_rate_decay_steps"] == 2_000
     given = {"replay_ratio": 2.0, "learning_rate_decay_steps": 7}
     assert settings_of(problem, 1_000, given)["learning_rate_decay_steps"] == 7
+    car = settings_of(problem_of("MountainCar-v0"), 1_200, {"replay_ratio": 1.0})
+    assert (car["learning_rate_decay_steps"], car["horizon_learner_steps"]) == (1_200, 1_000)
 
 
 def test_seeds_count_from_the_first_one(scripts, tmp_path, monkeypatch):
