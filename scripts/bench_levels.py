@@ -3,11 +3,14 @@
     python scripts/bench_levels.py --config configs/compare/levels.yaml --output levels.json [--quick]
     python scripts/bench_levels.py --config configs/compare/bases.yaml --output bases.json \
         --bases linear cosine polynomial wsd wsd_40 --factors 0.588 1 1.7 --rates 1e-3
+    python scripts/bench_levels.py --config configs/compare/bases.yaml --output decays.json \
+        --cooldowns 0.05 0.2 0.4 0.6 0.8 --factors 1 --rates 1e-3
 
 Every task of the file (a comparison's `tasks`) is run with linear decay at several learning rates and by holding each
 of several levels over each of several base schedules, full or LoRA as the task says; LoRA over the linear base with
-both norms that a level can refer to. Reported is the final validation loss, nats per target. The rates that a held
-level led to are reported beside it.
+both norms that a level can refer to. `--cooldowns` adds linear decays that begin after a share of the budget, at the
+first decision from there on. Reported is the final validation loss, nats per target. The rates that a held level led
+to are reported beside it.
 
 Writes {machine, versions, rows, ratios}; a ratio is the default level's gain over the best linear decay's.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,16 +49,29 @@ def linear_loss(job: Job, rate: float, warmup: float, seed: int) -> float:
     return session.evaluate("validation").loss
 
 
-def held_loss(job: Job, level: float, norm: str, settings: ScheduleSettings, seed: int) -> tuple[float, float]:
-    """Final validation loss of holding a level, and the peak rate that it meant at the end."""
+def held_loss(
+    job: Job, level: float, norm: str, settings: ScheduleSettings, seed: int, cooldown: float = math.inf
+) -> tuple[float, float]:
+    """Final validation loss of holding a level, and the peak rate that it meant at the end.
+
+    Args:
+        job: What is trained.
+        level: What is held, at most until the cooldown.
+        norm: What the level refers to.
+        settings: Base schedule and warm-up.
+        seed: Of the job.
+        cooldown: Share of the budget from which the rate falls to zero; infinity leaves it to the base.
+    """
     session = FineTuningSession(job, seed=seed, level_norm=norm)
-    table = dataclasses.replace(action_table("moves_only"), levels=(level, 2 * level), default_level=0)
+    table = dataclasses.replace(action_table("decay"), levels=(level, 2 * level), default_level=0)
     schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
     if norm == "effective":
         schedule.observe_job(np.array([int(job.mode)]), job.label_nats)
     update, weight = session.initial_norms()
     schedule.observe_norms(np.array([update]), np.array([weight]))
     for num_steps in decision_intervals(job.task.steps):
+        begins = schedule.step[0] >= cooldown * job.task.steps
+        schedule.apply(np.array([table.names.index("cooldown" if begins else "hold")]))
         statistics = session.run_interval(num_steps, schedule)
         schedule.advance(statistics.step)
         schedule.observe_norms(statistics.update_norm, statistics.weight_norm)
@@ -62,7 +79,13 @@ def held_loss(job: Job, level: float, norm: str, settings: ScheduleSettings, see
 
 
 def measure(
-    job: Job, seed: int, rates: Sequence[float], factors: Sequence[float], bases: Sequence[BaseName], warmup: float
+    job: Job,
+    seed: int,
+    rates: Sequence[float],
+    factors: Sequence[float],
+    bases: Sequence[BaseName],
+    cooldowns: Sequence[float],
+    warmup: float,
 ) -> list[dict[str, Any]]:
     """All rows of one task and seed."""
     initial = FineTuningSession(job, seed=seed, record=False).evaluate("validation").loss
@@ -77,6 +100,12 @@ def measure(
             settings = ScheduleSettings(base=base, warmup_fraction=warmup)
             loss, rate = held_loss(job, level, norm, settings, seed)
             rows.append({**common, "method": f"hold_{norm}", "base": base, "level": level, "rate": rate, "loss": loss})
+    for share, factor in itertools.product(cooldowns, factors):
+        level = DEFAULT_RELATIVE_UPDATE * factor
+        settings = ScheduleSettings(base="constant", warmup_fraction=warmup, earliest_cooldown=0.0)
+        loss, rate = held_loss(job, level, "effective", settings, seed, share)
+        base = f"cooldown_{share:g}"
+        rows.append({**common, "method": "hold_effective", "base": base, "level": level, "rate": rate, "loss": loss})
     return rows
 
 
@@ -106,6 +135,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="peak rates of linear decay")
     parser.add_argument("--factors", type=float, nargs="+", default=list(LEVEL_FACTORS), help="of the default level")
     parser.add_argument("--bases", nargs="+", choices=BASE_NAMES, default=["linear"], help="what held levels decay by")
+    parser.add_argument("--cooldowns", type=float, nargs="+", default=[], help="shares of the budget to decay from")
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the budget")
     parser.add_argument("--quick", action="store_true", help="two rates, the default level, one task and seed")
     arguments = parser.parse_args()
@@ -119,9 +149,8 @@ def main() -> None:
     rows = []
     for task in config.tasks[:1] if arguments.quick else config.tasks:
         for seed in config.seeds[:1] if arguments.quick else config.seeds:
-            found = measure(
-                library.job(task), seed, arguments.rates, arguments.factors, arguments.bases, arguments.warmup
-            )
+            job, cooldowns = library.job(task), arguments.cooldowns
+            found = measure(job, seed, arguments.rates, arguments.factors, arguments.bases, cooldowns, arguments.warmup)
             rows += found
             for row in found:
                 print({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()}, flush=True)

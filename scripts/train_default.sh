@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A policy from nothing, by the third recipe of docs/default_policy.md, in about 40 minutes of one core (the sum of its
-# parts):
+# The default policy from nothing, by the fourth recipe of docs/default_policy.md, in about 40 minutes of one core (the
+# sum of its parts):
 #
 #   scripts/train_default.sh [FOLDER]     # FOLDER: runs/default
 #

@@ -48,11 +48,11 @@ def test_it_decides_something_for_every_observation() -> None:
     assert np.isfinite(decision.q_values).all()
 
 
-def test_it_holds_unless_sure_and_names_no_place_of_its_maker() -> None:
+def test_it_decays_unless_sure_and_names_no_place_of_its_maker() -> None:
     policy = SchedulePolicy.from_pretrained("default")
     assert policy.network is not None
     config = policy.network.config
-    assert config.default_action == policy.table.hold
+    assert config.default_action == policy.table.names.index("cooldown")
     assert config.default_action_margin > 0.0
     assert not any(Path(folder).is_absolute() for folder in policy.provenance["agent"]["experience"])
 
