@@ -89,7 +89,7 @@ class Trainer:
                 method.policy_for(run.seed),
                 learning_rate=run.learning_rate,
                 seed=run.seed,
-                settings=method.settings,
+                settings=method.replaced_settings,
                 guarded=method.guarded,
                 curve_points=NUM_CURVE_POINTS,
                 on_decision=lambda record: on_step(record.step),

@@ -70,6 +70,11 @@ class PolicyMethod(Method):
     settings: ScheduleSettings
     guarded: bool
 
+    @property
+    def replaced_settings(self) -> ScheduleSettings | None:
+        """Settings that replace the policy's own; None where they are its own: where it holds, it has others."""
+        return None if self.settings == self.policy.settings else self.settings
+
     def policy_for(self, seed: int) -> SchedulePolicy:
         """The policy of a run; one that draws random numbers begins them anew."""
         return self.policy.seeded(seed) if isinstance(self.policy, RandomPolicy) else self.policy

@@ -76,6 +76,16 @@ def test_where_a_policy_holds_is_part_of_its_digest(make_config, make_policy, tm
     assert resolve_methods(make_config(), str(folder))["policy"].digest != everywhere
 
 
+def test_a_policys_own_settings_are_not_forced_on_a_job_that_it_holds_on(make_config, make_policy, tmp_path) -> None:
+    folder = str(make_policy(tmp_path / "policy", base="wsd_40"))
+    own = resolve_methods(make_config(), folder)["policy"]
+    assert own.settings.base == "wsd_40"
+    assert own.replaced_settings is None
+    asked = resolve_methods(make_config(schedule={"base": "cosine"}), folder)["policy"]
+    assert asked.replaced_settings == asked.settings
+    assert asked.settings.base == "cosine"
+
+
 def test_the_sweep_is_the_method_linear(make_config) -> None:
     config = make_config(schedule={"warmup_fraction": 0.2})
     sweep = sweep_method(config)
