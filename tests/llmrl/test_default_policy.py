@@ -57,6 +57,29 @@ def test_it_decays_unless_sure_and_names_no_place_of_its_maker() -> None:
     assert not any(Path(folder).is_absolute() for folder in policy.provenance["agent"]["experience"])
 
 
+@pytest.mark.parametrize(
+    ("cosine", "signal_to_noise", "action"),
+    [(0.3, -0.3, "hold"), (0.0, -0.5, "cooldown"), (-0.05, -0.6, "cooldown"), (0.0, 0.0, "cooldown")],
+)
+def test_it_waits_with_the_decay_while_gradients_agree(cosine: float, signal_to_noise: float, action: str) -> None:
+    """The last case is what a host shows that cannot measure them."""
+    policy = SchedulePolicy.from_pretrained("default")
+    progress = np.array([0.06, 0.1, 0.2, 0.3, 0.4], np.float32)
+    obs = np.zeros((len(progress), policy.spec.size), np.float32)
+    for index, name in enumerate(policy.spec.names):
+        base = name.partition("@")[0]
+        if base == "progress":
+            obs[:, index] = progress
+        elif base.startswith("progress_tanh_"):
+            obs[:, index] = np.tanh(10.0 * (progress - float(base.removeprefix("progress_tanh_"))))
+        elif base == "momentum_cosine":
+            obs[:, index] = cosine
+        elif base == "log10_signal_to_noise":
+            obs[:, index] = signal_to_noise
+    found = policy.act(obs, np.ones((len(progress), policy.table.num_actions), np.bool_)).actions
+    assert {policy.table.names[choice] for choice in found} == {action}
+
+
 def test_it_acts_within_the_mask() -> None:
     policy = SchedulePolicy.from_pretrained("default")
     only_hold = np.zeros((1, policy.table.num_actions), np.bool_)
