@@ -299,18 +299,15 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"training.demonstrator {name} needs env.population {size} and env.groups {size}: a job for each {what}"
             )
-        choices = {action.choice for action in action_table(self.env.actions).actions}
-        if name == "decay_times" and UpdateChoice.COOLDOWN not in choices:
-            raise ValueError(
-                "training.demonstrator decay_times needs env.actions with a cooldown, such as decay, got "
-                f"{self.env.actions}"
-            )
-        if name == "decay_times" and self.env.schedule.base not in ("constant", *WSD_DECAY_FRACTIONS):
-            raise ValueError(
-                "training.demonstrator decay_times needs an env.schedule.base that stays at its peak, constant, wsd or "
-                f"wsd_40, got {self.env.schedule.base}"
-            )
-        return self
+        if name != "decay_times":
+            return self
+        if UpdateChoice.COOLDOWN not in {action.choice for action in action_table(self.env.actions).actions}:
+            wanted, got = "env.actions with a cooldown, such as decay", self.env.actions
+        elif self.env.schedule.base not in ("constant", *WSD_DECAY_FRACTIONS):
+            wanted, got = "an env.schedule.base that stays at its peak: constant, wsd, wsd_40", self.env.schedule.base
+        else:
+            return self
+        raise ValueError(f"training.demonstrator decay_times needs {wanted}; got {got}")
 
     @model_validator(mode="after")
     def _check_that_something_is_learned(self) -> TrainConfig:
