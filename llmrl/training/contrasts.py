@@ -1,10 +1,14 @@
-"""Contrasts between the jobs of a group, as transitions: what one choice gained over another under the same noise."""
+"""Contrasts between the jobs of a group, as transitions: what one choice gained over another under the same noise.
+
+`GroupScript` is what the scripts that play such groups have in common: they act by plan, add up what each job gains,
+and tell an agent of a group when all its jobs have ended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +25,72 @@ class Sight:
 
     obs: NDArray[Any]
     mask: NDArray[np.bool_]
+
+
+class GroupMember(Protocol):
+    """What a script keeps of a job: at least what it has gained, and whether it has ended."""
+
+    gain: float
+    is_over: bool
+
+
+Member = TypeVar("Member", bound=GroupMember)
+
+
+class GroupScript(Generic[Member]):
+    """Keeps the members of groups, lane by lane.
+
+    Args:
+        agent: Gets the contrasts of every group that ends.
+        num_envs: Environments that act together, in groups of `group_size`.
+        group_size: Jobs of a group.
+
+    Raises:
+        ValueError: The environments are no whole groups.
+    """
+
+    def __init__(self, agent: Agent, num_envs: int, group_size: int) -> None:
+        if num_envs % group_size:
+            raise ValueError(f"num_envs: expected a multiple of {group_size}, got {num_envs}")
+        self._agent = agent
+        self._group_size = group_size
+        self._members = [self._new_member() for _ in range(num_envs)]
+
+    def _new_member(self) -> Member:
+        """A job that has not begun."""
+        raise NotImplementedError
+
+    def _tell(self, first: int, group: list[Member]) -> None:
+        """Passes on the contrasts of a group that has ended, whose first lane is `first`."""
+        raise NotImplementedError
+
+    def observe(
+        self,
+        obs: NDArray[Any],
+        action: NDArray[np.int64],
+        reward: NDArray[np.floating[Any]],
+        terminated: NDArray[np.bool_],
+        truncated: NDArray[np.bool_],
+        next_obs: NDArray[Any],
+        mask: NDArray[np.bool_],
+        next_mask: NDArray[np.bool_],
+        valid: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Adds up what jobs gain; of a group that has ended the contrasts go to the agent."""
+        for lane, member in enumerate(self._members):
+            if valid is None or valid[lane]:
+                member.gain += float(reward[lane])
+                member.is_over |= bool(terminated[lane])
+        for first in range(0, len(self._members), self._group_size):
+            group = self._members[first : first + self._group_size]
+            if all(member.is_over for member in group):
+                self._tell(first, group)
+                self._members[first : first + self._group_size] = [self._new_member() for _ in group]
+
+    def end_episodes(self) -> None:
+        """Forgets what is under way."""
+        self._members = [self._new_member() for _ in self._members]
+        self._agent.end_episodes()
 
 
 def in_units_of_best(returns: Sequence[float]) -> list[float]:

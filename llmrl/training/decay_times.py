@@ -24,7 +24,7 @@ from llmrl_envs.interface.schedule import WSD_DECAY_FRACTIONS, BaseName
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import Agent
-from llmrl.training.contrasts import Sight, in_units_of_best, store_contrast
+from llmrl.training.contrasts import GroupScript, Sight, in_units_of_best, store_contrast
 
 TIMES = (1.0, 0.0, 0.12, 0.2, 0.3, 0.45)
 """Shares of the budget from which the members of a group decay, as soon as they may; the first waits for the base."""
@@ -41,7 +41,7 @@ class _Member:
     is_over: bool = False
 
 
-class DecayTimes:
+class DecayTimes(GroupScript[_Member]):
     """Acts by plan and passes contrasts on to an agent.
 
     Args:
@@ -61,13 +61,13 @@ class DecayTimes:
             raise ValueError(f"table: expected a cooldown among the actions, got {table.names} in {table.name!r}")
         if base != "constant" and base not in WSD_DECAY_FRACTIONS:
             raise ValueError(f"base: expected constant, wsd or wsd_40, got {base!r}")
-        if num_envs % GROUP_SIZE:
-            raise ValueError(f"num_envs: expected a multiple of {GROUP_SIZE}, got {num_envs}")
-        self._agent = agent
+        super().__init__(agent, num_envs, GROUP_SIZE)
         self._cooldown, self._hold = cooldowns[0], table.hold
         self._latest = 1.0 - WSD_DECAY_FRACTIONS.get(base, 0.0)
         self._progress = spec.names.index("progress")
-        self._members = [_Member() for _ in range(num_envs)]
+
+    def _new_member(self) -> _Member:
+        return _Member()
 
     def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
         """Holding, or the cooldown of a member whose time has come. int64[E]."""
@@ -88,29 +88,6 @@ class DecayTimes:
                 member.began = float(progress)
         return actions
 
-    def observe(
-        self,
-        obs: NDArray[Any],
-        action: NDArray[np.int64],
-        reward: NDArray[np.floating[Any]],
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-        next_obs: NDArray[Any],
-        mask: NDArray[np.bool_],
-        next_mask: NDArray[np.bool_],
-        valid: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Adds up what jobs gain; of a group that has ended the contrasts go to the agent."""
-        for lane, member in enumerate(self._members):
-            if valid is None or valid[lane]:
-                member.gain += float(reward[lane])
-                member.is_over |= bool(terminated[lane])
-        for first in range(0, len(self._members), GROUP_SIZE):
-            group = self._members[first : first + GROUP_SIZE]
-            if all(member.is_over for member in group):
-                self._tell(first, group)
-                self._members[first : first + GROUP_SIZE] = [_Member() for _ in group]
-
     def _tell(self, first: int, group: list[_Member]) -> None:
         """Passes a group's contrasts on, in the lane of the member that waited."""
         returns = {member.began: member.gain for member in group[1:] if member.began is not None}
@@ -123,8 +100,3 @@ class DecayTimes:
             waiting = float(at_decision[place + 1 :].max() - at_decision[place])
             for action, gain in ((self._hold, waiting), (self._cooldown, 0.0)):
                 store_contrast(self._agent, len(self._members), first, sight, action, gain)
-
-    def end_episodes(self) -> None:
-        """Forgets what is under way."""
-        self._members = [_Member() for _ in self._members]
-        self._agent.end_episodes()

@@ -24,7 +24,7 @@ from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import Agent
-from llmrl.training.contrasts import Sight, in_units_of_best, store_contrast
+from llmrl.training.contrasts import GroupScript, Sight, in_units_of_best, store_contrast
 
 PLACES = (0, -3, -2, -1, 1, 2, 3)
 """Levels of a group's members, as grid places from the default; the first member is the one that holds."""
@@ -47,7 +47,7 @@ class _Member:
     is_over: bool = False
 
 
-class NeighbourLevels:
+class NeighbourLevels(GroupScript[_Member]):
     """Acts by plan and passes contrasts on to an agent.
 
     Args:
@@ -75,14 +75,14 @@ class NeighbourLevels:
         moves = [move for move in range(-FARTHEST, FARTHEST + 1) if move]
         if not set(moves) <= plain.keys():
             raise ValueError(f"table: expected plain moves {moves}, got {sorted(plain)} in {table.name!r}")
-        if num_envs % GROUP_SIZE:
-            raise ValueError(f"num_envs: expected a multiple of {GROUP_SIZE}, got {num_envs}")
-        self._agent = agent
+        super().__init__(agent, num_envs, GROUP_SIZE)
         self._action_of = {**plain, 0: table.hold}
         self._latest, self._rng = latest, rng
         self._progress = spec.names.index("progress")
         self._due = np.zeros(num_envs)
-        self._members = [_Member(0) for _ in range(num_envs)]
+
+    def _new_member(self) -> _Member:
+        return _Member(0)
 
     def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
         """The next move of each lane towards its level, once its group has parted. int64[E]."""
@@ -105,29 +105,6 @@ class NeighbourLevels:
     def _draw_parting(self) -> float:
         return float(self._latest / 2 * self._rng.random() ** EARLINESS)
 
-    def observe(
-        self,
-        obs: NDArray[Any],
-        action: NDArray[np.int64],
-        reward: NDArray[np.floating[Any]],
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-        next_obs: NDArray[Any],
-        mask: NDArray[np.bool_],
-        next_mask: NDArray[np.bool_],
-        valid: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Adds up what jobs gain; of a group that has ended the contrasts go to the agent."""
-        for lane, member in enumerate(self._members):
-            if valid is None or valid[lane]:
-                member.gain += float(reward[lane])
-                member.is_over |= bool(terminated[lane])
-        for first in range(0, len(self._members), GROUP_SIZE):
-            group = self._members[first : first + GROUP_SIZE]
-            if all(member.is_over for member in group):
-                self._tell(first, group)
-                self._members[first : first + GROUP_SIZE] = [_Member(0) for _ in group]
-
     def _tell(self, first: int, group: list[_Member]) -> None:
         """Passes a group's contrasts on, in the lanes in which they were seen."""
         measured = {place: member.gain for place, member in zip(PLACES, group, strict=True) if member.way == 0}
@@ -140,8 +117,3 @@ class NeighbourLevels:
                     if place + move in gains and sight.mask[action]:
                         gain = gains[place + move] - gains[place]
                         store_contrast(self._agent, len(self._members), first + offset, sight, action, gain)
-
-    def end_episodes(self) -> None:
-        """Forgets what is under way."""
-        self._members = [_Member(0) for _ in self._members]
-        self._agent.end_episodes()
