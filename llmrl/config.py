@@ -327,6 +327,8 @@ class FinetuneConfig(Settings):
             trained with.
         device: Where the job runs; `auto` is a GPU when there is one.
         save_model: Write the fine-tuned model (or adapter) to the run directory.
+        keeps_best: Keep the best state, three times the trained weights in the host's memory, for rollbacks and to go
+            back to when the validation loss turns; without, a job whose loss turns only trains at a lower rate.
         checkpoint_period_decisions: Decisions between checkpoints for `--resume`; 0 writes none. A job takes about 45
             decisions. The newest two checkpoints are kept, each of up to six times the trained weights (with their
             moments, and the best state for a rollback).
@@ -339,6 +341,7 @@ class FinetuneConfig(Settings):
     schedule: ScheduleConfig | None = None
     device: Device = "auto"
     save_model: bool = True
+    keeps_best: bool = True
     checkpoint_period_decisions: int = Field(default=5, ge=0)
     tracking: TrackingConfig = TrackingConfig()
 

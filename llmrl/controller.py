@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from llmrl.policy import SchedulePolicy
 from llmrl.tracking.decisions import decision_series
 
 _LONGEST_JOB_STEPS = 10**9
+_SMALL_SHARE = 0.1
+"""Of the model's weights: where no more is trained a snapshot costs little beside the model."""
 
 
 class ScheduleController:
@@ -45,9 +48,11 @@ class ScheduleController:
     Args:
         policy: Decides.
         settings: Base schedule, warm-up and start of the level; None takes those that the policy was trained with.
-        guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much.
-        snapshots: Where the best state is kept for a rollback: "memory" (three times the trained weights, on their
-            device), "disk" (a safetensors file), "off", or "auto": in memory if the policy may roll back.
+        guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much, or when
+            the validation loss that `validated` is told has turned.
+        snapshots: Where the best state is kept: "memory" (three times the trained weights, on their device), "disk" (a
+            safetensors file), "off", or "auto": in memory if the policy may roll back, or if little of the model is
+            trained, as with adapters.
         snapshot_folder: Where a snapshot on disk is put.
         on_decision: Called with each decision and the interval that followed it, on every process;
             `metrics` makes one flat row of numbers for a log of it.
@@ -139,7 +144,8 @@ class ScheduleController:
             UserError: The job cannot be steered, or its length is not known.
         """
         limit = math.inf if not max_grad_norm else float(max_grad_norm)
-        keeps = self._snapshots in ("memory", "disk") or (self._snapshots == "auto" and self._may_roll_back())
+        wanted = self._may_roll_back() or (self._guarded and _trained_share(model) <= _SMALL_SHARE)
+        keeps = self._snapshots in ("memory", "disk") or (self._snapshots == "auto" and wanted)
         on_disk = self._folder / "llmrl-snapshot" if self._snapshots == "disk" and self._folder else None
         options = JobOptions(
             total_steps=known_length(total_steps, "attach(total_steps=...)"),
@@ -171,6 +177,24 @@ class ScheduleController:
     def after_step(self) -> None:
         """Call when the optimizer has stepped; the next step's rates then stand in the optimizer."""
         self.job.after_step()
+
+    def validated(self, loss: float) -> dict[str, bool]:
+        """Call, where your loop validates now and then, with what it found, after `after_step`.
+
+        The loss is for the guard and the record: where it has turned, the job goes on from its best state at a lower
+        rate, in linear decay. No policy sees it.
+
+        Args:
+            loss: Mean loss on validation data, nats per target, of this process's share.
+
+        Returns:
+            What the guard did, as in a record's events; mostly nothing.
+        """
+        events = self.job.validated(loss)
+        if self.records:
+            latest = self.records[-1]
+            self.records[-1] = replace(latest, validation_loss=loss, events=latest.events | events)
+        return events
 
     @property
     def job(self) -> LiveJob:
@@ -209,6 +233,11 @@ class ScheduleController:
             UserError: It is the state of a job of another length, or under another policy.
         """
         self.job.load_state_dict(state)
+
+
+def _trained_share(model: nn.Module) -> float:
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / max(sum(size for size, _ in sizes), 1)
 
 
 def known_length(total_steps: int | None, where: str) -> int:

@@ -23,7 +23,7 @@ from llmrl_envs.interface.guards import SPIKE_MULTIPLE
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
 from llmrl_envs.interface.statistics import TrainingStatistics
-from llmrl_envs.interface.steering import Steering, SteeringUpdate
+from llmrl_envs.interface.steering import Steering, SteeringUpdate, Verdict
 from numpy.typing import NDArray
 
 from llmrl.policy import SchedulePolicy
@@ -111,6 +111,7 @@ def interval_record(
     *,
     learning_rate: float,
     validation_loss: float = math.nan,
+    turned: bool = False,
     rescued: bool = False,
 ) -> DecisionRecord:
     """What a host writes down of an interval.
@@ -122,12 +123,13 @@ def interval_record(
         update: What `observe` returned.
         learning_rate: Rate of the interval's last step.
         validation_loss: At its end, where it was measured.
+        turned: That loss had turned, and the job fell back for it.
         rescued: The fall-back took the job to its best snapshot.
     """
     events: dict[str, Any] = {}
     if decision.rollback or rescued:
         events["rollback"] = True
-    if update.fell_back[0]:
+    if update.fell_back[0] or turned:
         events["fallback"] = True
     spike = float(loop.steering.encoder.losses.spike[0])
     if spike > SPIKE_MULTIPLE:
@@ -162,7 +164,7 @@ class DecisionLoop:
         settings: Schedule settings; None takes those that the policy was trained with.
         capabilities: Update choices that the host can carry out.
         agree: Makes the processes of a job agree on the first one's action; None for a single process.
-        guarded: Fall back to linear decay when the job loses too much.
+        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns.
         intervals: Optimizer steps between decisions; None takes `decision_intervals` of the steps that are left.
         first_step: Optimizer steps that the job has done already, without being steered.
     """
@@ -258,6 +260,15 @@ class DecisionLoop:
         update = self.steering.observe(statistics)
         self._observation = update.observation
         return update
+
+    @property
+    def wants_validation(self) -> bool:
+        """A validation loss would count now; see `OverfitGuard`."""
+        return bool(self.steering.wants_validation[0])
+
+    def validated(self, loss: float) -> Verdict:
+        """Takes in a validation loss, nats per target, that the host has measured after `observe`."""
+        return self.steering.validated(np.array([loss if math.isfinite(loss) else math.inf]))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step with index `step`."""

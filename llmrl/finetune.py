@@ -102,7 +102,7 @@ def _prepare(config: FinetuneConfig, output: Path, *, resume: bool) -> str:
 
 
 def _what_is_trained(config: FinetuneConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={"seed", "task", "learning_rate", "schedule"})
+    return config.model_dump(mode="json", include={"seed", "task", "learning_rate", "schedule", "keeps_best"})
 
 
 def _make_checkpoints(
@@ -170,7 +170,8 @@ def _run(
             seed=config.seed,
             settings=settings,
             guarded=guarded,
-            validate=True,
+            validate="decisions",
+            keeps_best=config.keeps_best,
             on_decision=_announce(recorder, advance),
             checkpoints=checkpoints,
             saved=saved,

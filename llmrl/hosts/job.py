@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.action import action_table
+from llmrl_envs.interface.action import UpdateChoice, action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import BASE_NAMES, BaseName, ScheduleSettings
 from llmrl_envs.jobs.loading import Job
@@ -21,6 +22,8 @@ from llmrl.hosts.checkpoints import JobCheckpoints
 from llmrl.hosts.job_state import JobState, records_state, restore_session, restored_records, session_state
 from llmrl.hosts.result import JobMeter, JobResult, count_events
 from llmrl.policy import SchedulePolicy
+
+Validations = Literal["never", "guard", "decisions"]
 
 
 def named_schedule(name: str, warmup_fraction: float) -> SchedulePolicy:
@@ -53,7 +56,8 @@ def run_job(
     settings: ScheduleSettings | None = None,
     parallel: ParallelContext | None = None,
     guarded: bool = True,
-    validate: bool = False,
+    validate: Validations = "never",
+    keeps_best: bool = True,
     curve_points: int = 0,
     on_decision: Callable[[DecisionRecord], None] | None = None,
     checkpoints: JobCheckpoints | None = None,
@@ -68,9 +72,11 @@ def run_job(
         seed: Data order and dropout.
         settings: Schedule settings; None takes the policy's.
         parallel: The processes that share the job.
-        guarded: Fall back to linear decay when the job loses too much; off for the usual schedules, which run as they
-            are.
-        validate: Measure the validation loss after every interval, for the record only: no policy sees it.
+        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns; off for the usual
+            schedules, which run as they are.
+        validate: When to measure the validation loss: "decisions" after every interval, "guard" where the guard wants
+            it, about twelve times. For the guard and the record: no policy sees it.
+        keeps_best: Keep the best state, which rollbacks and the guard return to; without, there are no rollbacks.
         curve_points: Points of a learning curve on the validation subset, for the record only; 0 measures none.
         on_decision: Called after every interval; for those that `saved` knows at once.
         checkpoints: Written now and then; not beside a curve, which they would not hold.
@@ -86,7 +92,7 @@ def run_job(
         total_steps=session.total_steps,
         given_rate=learning_rate,
         settings=settings,
-        capabilities=session.capabilities,
+        capabilities=session.capabilities - (frozenset() if keeps_best else {UpdateChoice.ROLLBACK}),
         agree=context.agree if isinstance(context, AcceleratorContext) else None,
         guarded=guarded,
     )
@@ -96,7 +102,7 @@ def run_job(
     for record in records:
         tell(record)
     while loop.decisions_left:
-        record = _run_decision(session, loop, meter, validate=validate)
+        record = _run_decision(session, loop, meter, validate=validate, keeps_best=keeps_best)
         records.append(record)
         tell(record)
         if checkpoints is not None and checkpoints.due(len(records)):
@@ -118,7 +124,9 @@ def _resume(session: FineTuningSession, loop: DecisionLoop, saved: JobState) -> 
     return restored_records(saved.values["records"])
 
 
-def _run_decision(session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, *, validate: bool) -> DecisionRecord:
+def _run_decision(
+    session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, *, validate: Validations, keeps_best: bool
+) -> DecisionRecord:
     """One decision and its interval."""
     decision = loop.decide()
     if decision.rollback:
@@ -126,10 +134,15 @@ def _run_decision(session: FineTuningSession, loop: DecisionLoop, meter: JobMete
     statistics = session.run_interval(loop.interval, loop.schedule)
     rate = loop.learning_rate(session.step - 1)
     update = loop.observe(statistics)
-    if update.at_best[0]:
+    loss, at_best, fell_back, turned = math.nan, bool(update.at_best[0]), bool(update.fell_back[0]), False
+    if validate == "decisions" or (validate == "guard" and loop.wants_validation):
+        loss = meter.evaluate()
+        verdict = loop.validated(loss)
+        at_best, turned = bool(verdict.at_best[0]), bool(verdict.turned[0])
+    if at_best and keeps_best:
         session.mark_best()
         loop.schedule.has_snapshot[:] = True
-    rescued = bool(update.fell_back[0] and loop.schedule.has_snapshot[0])
+    rescued = (fell_back or turned) and bool(loop.schedule.has_snapshot[0])
     if rescued:
         session.roll_back()
     record = interval_record(
@@ -138,7 +151,8 @@ def _run_decision(session: FineTuningSession, loop: DecisionLoop, meter: JobMete
         statistics,
         update,
         learning_rate=rate,
-        validation_loss=meter.evaluate() if validate else math.nan,
+        validation_loss=loss,
+        turned=turned,
         rescued=rescued,
     )
     meter.add(statistics, rate)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from llmrl_envs.errors import UserError
@@ -26,6 +25,7 @@ from llmrl.controller import ScheduleController
 from llmrl.decisions import DecisionRecord
 from llmrl.hosts.accelerate import AcceleratorContext
 from llmrl.hosts.checkpoints import JobCheckpoints
+from llmrl.hosts.job import Validations
 from llmrl.hosts.job_state import (
     JobState,
     as_arrays,
@@ -80,7 +80,8 @@ def run_sharded_job(
     seed: int,
     settings: ScheduleSettings | None = None,
     guarded: bool = True,
-    validate: bool = False,
+    validate: Validations = "never",
+    keeps_best: bool = True,
     on_decision: Callable[[DecisionRecord], None] | None = None,
     checkpoints: JobCheckpoints | None = None,
     saved: JobState | None = None,
@@ -90,7 +91,7 @@ def run_sharded_job(
     The job's model is shared out from here on, and its parameters are this process's shards.
     """
     under_way = _SharedJob(job, context, seed=seed, saved=saved, validate=validate, on_decision=on_decision)
-    under_way.steer(policy, learning_rate=learning_rate, settings=settings, guarded=guarded)
+    under_way.steer(policy, learning_rate=learning_rate, settings=settings, guarded=guarded, keeps_best=keeps_best)
     if saved is not None:
         under_way.resume(saved)
     under_way.tell_again()
@@ -106,7 +107,7 @@ class _SharedJob:
         context: The processes that share it.
         seed: Data order and dropout.
         saved: The job's earlier part.
-        validate: Measure the validation loss at every decision.
+        validate: When to measure the validation loss; see `run_job`.
         on_decision: Called with every decision.
     """
 
@@ -117,7 +118,7 @@ class _SharedJob:
         *,
         seed: int,
         saved: JobState | None,
-        validate: bool,
+        validate: Validations,
         on_decision: Callable[[DecisionRecord], None] | None,
     ) -> None:
         job.restore_initial_weights()
@@ -137,10 +138,16 @@ class _SharedJob:
         return JobResult(initial, initial)
 
     def steer(
-        self, policy: SchedulePolicy, *, learning_rate: float, settings: ScheduleSettings | None, guarded: bool
+        self,
+        policy: SchedulePolicy,
+        *,
+        learning_rate: float,
+        settings: ScheduleSettings | None,
+        guarded: bool,
+        keeps_best: bool,
     ) -> None:
         """Puts the job under a policy."""
-        snapshots: SnapshotPlace = "memory" if guarded else "auto"
+        snapshots: SnapshotPlace = "memory" if guarded and keeps_best else "off"
         self._controller = ScheduleController(
             policy, settings=settings, guarded=guarded, snapshots=snapshots, on_decision=self._note
         )
@@ -154,9 +161,11 @@ class _SharedJob:
         )
 
     def _note(self, record: DecisionRecord) -> None:
-        if self._validate:
+        loop = self._controller.job.loop
+        if self._validate == "decisions" or (self._validate == "guard" and loop.wants_validation):
             found = self._passes.evaluate("validation")
-            record = replace(record, validation_loss=found.loss)
+            self._controller.validated(found.loss)
+            record = self._controller.records[-1]
             self._result.tokens_evaluated += found.num_tokens
             self._model.train()
         self._result.records.append(record)

@@ -39,8 +39,9 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         policy: A reference (see `SchedulePolicy.from_pretrained`) or a policy. "hold" keeps the default level.
         settings: Base schedule, warm-up and start of the level; None takes those that the policy was trained with.
-        guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much.
-        snapshots: "auto", "memory", "disk" (below the Trainer's output directory) or "off".
+        guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much, or when
+            the `eval_loss` of the Trainer's evaluations has turned.
+        snapshots: "auto", "memory", "disk" (below the Trainer's output directory) or "off"; see `ScheduleController`.
         on_decision: Called with each decision and the interval that followed it, on every process.
 
     Raises:
@@ -69,6 +70,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self._norm: Tensor | float | None = None
         self._max_grad_norm = 0.0
         self._tightened: float | None = None
+        self._is_training = False
         self._told_to: TrainerReport
 
     @property
@@ -199,6 +201,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         if restored is not None:
             self.controller.load_state_dict(restored)
         scheduler.restored = None
+        self._is_training = True
         self._prepare_step(args, scheduler)
 
     def on_step_begin(
@@ -225,11 +228,21 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self.controller.after_step()
         self._prepare_step(args, kwargs["lr_scheduler"])
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tells the guard the validation loss; one of several evaluation sets, which have names, counts for nothing."""
+        loss = (kwargs.get("metrics") or {}).get("eval_loss")
+        if loss is not None and self._is_training:
+            events = self.controller.validated(float(loss))
+            if events:
+                self._trainer.log({f"llmrl/event_{name}": 1.0 for name in events})
+            self._prepare_step(args, kwargs["lr_scheduler"])
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the clipping norm back, and the whole schedule to where tables and pictures go."""
         args.max_grad_norm, self._tightened = self._max_grad_norm, None
+        self._is_training = False
         self._told_to.finish()
 
     def _prepare_step(self, args: TrainingArguments, scheduler: ScheduleLR) -> None:

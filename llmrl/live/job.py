@@ -55,7 +55,7 @@ class JobOptions:
         max_grad_norm: Norm that gradients are clipped to; infinity does not clip.
         base_rates: The parameter groups' own rates; None reads them from the optimizer.
         settings: Schedule settings; None takes the policy's.
-        guarded: Fall back to linear decay when the job loses too much.
+        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns.
         snapshots: Whether and where the best state is kept.
         snapshot_path: File of a snapshot on disk, without the rank and the suffix.
     """
@@ -270,10 +270,7 @@ class LiveJob:
         )
         update = self.loop.observe(statistics)
         if update.at_best[0] and self._keeps_snapshots:
-            # Everyone's, because a checkpoint may be written by the first process for all.
-            states = {name: self._processes.gather(state) for name, state in self._generators.states().items()}
-            self._snapshot.take(self._parameters, self._optimizer, states)
-            self.loop.schedule.has_snapshot[:] = True
+            self._take_snapshot()
         rescued = bool(update.fell_back[0]) and self._snapshot.taken
         if rescued:
             self._roll_back()
@@ -285,6 +282,37 @@ class LiveJob:
             self._decide()
             if self._decision.rollback:
                 self._roll_back()
+
+    def validated(self, loss: float) -> dict[str, bool]:
+        """Takes in a validation loss that the host has measured between two steps.
+
+        Args:
+            loss: Nats per target, of this process's examples.
+
+        Returns:
+            What the guard did, as in a record's events.
+        """
+        verdict = self.loop.validated(float(self._processes.mean(self._scalar(loss))))
+        if verdict.at_best[0] and self._keeps_snapshots:
+            self._take_snapshot()
+        if not verdict.turned[0]:
+            return {}
+        rescued = self._snapshot.taken
+        if rescued:
+            self._roll_back()
+        if not self.finished:
+            self._look_ahead()
+            self.set_rates()
+        if self._processes.rank == 0:
+            way = "from its best state" if rescued else "from where it is: no snapshots are kept"
+            _LOGGER.warning("llmrl: the validation loss has turned at step %d; a lower rate, %s", self.step, way)
+        return {"fallback": True, "rollback": True} if rescued else {"fallback": True}
+
+    def _take_snapshot(self) -> None:
+        # Everyone's, because a checkpoint may be written by the first process for all.
+        states = {name: self._processes.gather(state) for name, state in self._generators.states().items()}
+        self._snapshot.take(self._parameters, self._optimizer, states)
+        self.loop.schedule.has_snapshot[:] = True
 
     def _roll_back(self) -> None:
         reshard(self._model)

@@ -15,6 +15,10 @@ LOST_SHARE = 0.3
 NOISE_MULTIPLE = 3.0
 SPIKE_MULTIPLE = 6.0
 """A step's loss this many standard deviations of the step-to-step noise above its average is a spike."""
+VALIDATION_PERIOD = 1.0 / 12.0
+"""Share of the budget that passes between two validation losses that count."""
+TURNED_SHARE = 0.02
+TURNED_LOSS = 0.01
 
 
 class FallBehindGuard:
@@ -72,3 +76,76 @@ class FallBehindGuard:
         """Restores what `state_dict` gave."""
         for name in self._STATE:
             setattr(self, name, np.array(state[name]))
+
+
+class OverfitGuard:
+    """Tells when a job's validation loss has turned: it learns its examples by heart, or its rate is too high.
+
+    No train loss shows it: examples that come again are known by then. A job has turned when its validation loss stands
+    above its lowest by more than the larger of two per cent of what it has gained since the first and one per cent of
+    itself. However often a host validates, a loss counts only when a twelfth of the budget has passed since the one
+    before, or at the job's end.
+
+    Args:
+        num_lanes: Number of jobs, E.
+    """
+
+    def __init__(self, num_lanes: int) -> None:
+        self.first: Floats = np.full(num_lanes, np.nan)
+        self.best: Floats = np.full(num_lanes, np.inf)
+        self.last_step: Integers = np.zeros(num_lanes, np.int64)
+
+    def reset(self, lanes: Integers) -> None:
+        """Forgets `lanes`."""
+        self.first[lanes] = np.nan
+        self.best[lanes] = np.inf
+        self.last_step[lanes] = 0
+
+    @property
+    def knows(self) -> Booleans:
+        """Lanes that have shown a validation loss, bool[E]."""
+        return np.isfinite(self.best)
+
+    def due(self, step: Integers, total_steps: Integers) -> Booleans:
+        """Lanes whose validation loss would count now, bool[E].
+
+        Args:
+            step: int64[E], optimizer steps done.
+            total_steps: int64[E], budgets.
+        """
+        passed = step - self.last_step >= VALIDATION_PERIOD * total_steps
+        return np.asarray((step > self.last_step) & (passed | (step >= total_steps)))
+
+    def update(self, losses: Floats, step: Integers, total_steps: Integers) -> tuple[Booleans, Booleans]:
+        """Takes in validation losses.
+
+        Args:
+            losses: float64[E], nats per target; NaN where none was measured, infinite where it is not finite.
+            step: int64[E], optimizer steps done.
+            total_steps: int64[E], budgets.
+
+        Returns:
+            The lanes that are now at their best, bool[E], and those that have turned, bool[E].
+        """
+        counts = self.due(step, total_steps) & ~np.isnan(losses)
+        self.last_step = np.where(counts, step, self.last_step)
+        at_best = counts & (losses < self.best)
+        self.first = np.where(counts & np.isnan(self.first) & np.isfinite(losses), losses, self.first)
+        self.best = np.where(at_best, losses, self.best)
+        lowest = np.where(self.knows, self.best, 0.0)
+        gain = np.where(self.knows, self.first - lowest, 0.0)
+        tolerance = np.maximum(TURNED_SHARE * gain, TURNED_LOSS * lowest)
+        turned = counts & self.knows & (losses - lowest > tolerance)
+        return np.asarray(at_best), np.asarray(turned)
+
+    _STATE = ("first", "best", "last_step")
+
+    def state_dict(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that changes, as arrays of leading dimension E."""
+        return {name: getattr(self, name).copy() for name in self._STATE}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Restores what `state_dict` gave; what an earlier version wrote, which had no such guard, changes nothing."""
+        for name in self._STATE:
+            if name in state:
+                setattr(self, name, np.array(state[name]))

@@ -381,13 +381,16 @@ class Schedule:
         self.step = np.array(step, np.int64)
 
     def fall_back(self, lanes: Booleans) -> None:
-        """Takes lanes out of the policy's hands: linear decay from one level below the present or default one."""
-        new = lanes & ~self.fallen_back
+        """Takes lanes out of the policy's hands; those that are out already stay as they are. See `step_down`."""
+        self.step_down(lanes & ~self.fallen_back)
+
+    def step_down(self, lanes: Booleans) -> None:
+        """Out of the policy's hands: linear decay from one level below the present or default one."""
         lower = np.maximum(np.minimum(self.level, self.table.default_level) - 1, 0)
-        self.level = np.where(new, lower, self.level)
-        self.cooldown_start = np.where(new & (self.cooldown_start < 0), self.step, self.cooldown_start)
-        self.frozen &= ~new
-        self.fallen_back |= new
+        self.level = np.where(lanes, lower, self.level)
+        self.cooldown_start = np.where(lanes & (self.cooldown_start < 0), self.step, self.cooldown_start)
+        self.frozen &= ~lanes
+        self.fallen_back |= lanes
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 observation = steering.begin(statistics before the first step, norms)
 repeat:  steering.apply(action)   ->  train one interval at steering.schedule's rates
          update = steering.observe(statistics of the interval)
+         verdict = steering.validated(loss), where the host has measured one
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrl_envs.interface.guards import FallBehindGuard
+from llmrl_envs.interface.guards import FallBehindGuard, OverfitGuard
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
 from llmrl_envs.interface.observation import ObservationEncoder, ObservationSpec
 from llmrl_envs.interface.schedule import Schedule
@@ -27,7 +28,7 @@ class SteeringUpdate:
     Attributes:
         observation: float32[E, O].
         at_best: bool[E], lanes whose smoothed train loss is the lowest so far and that may still roll back: worth a
-            snapshot.
+            snapshot. None that has shown a validation loss: that one then says which state is best.
         fell_back: bool[E], lanes that the guard has just taken out of the policy's hands.
     """
 
@@ -36,13 +37,26 @@ class SteeringUpdate:
     fell_back: Booleans
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a validation loss says.
+
+    Attributes:
+        at_best: bool[E], lanes whose loss is the lowest so far: worth a snapshot.
+        turned: bool[E], lanes that have turned and are out of the policy's hands: to be taken back to their snapshots.
+    """
+
+    at_best: Booleans
+    turned: Booleans
+
+
 class Steering:
-    """Schedule, observation encoder and guard of E jobs, kept in step.
+    """Schedule, observation encoder and guards of E jobs, kept in step.
 
     Args:
         spec: Layout of the observation.
         schedule: The jobs' schedules, fresh.
-        guarded: Fall back to linear decay when a job loses too much.
+        guarded: Fall back to linear decay when a job loses too much, or its validation loss turns.
     """
 
     def __init__(self, spec: ObservationSpec, schedule: Schedule, *, guarded: bool = True) -> None:
@@ -51,6 +65,7 @@ class Steering:
         self.encoder = ObservationEncoder(spec, schedule.num_lanes)
         self._guarded = guarded
         self.guard = FallBehindGuard(schedule.num_lanes)
+        self.overfit = OverfitGuard(schedule.num_lanes)
 
     def begin(
         self,
@@ -72,6 +87,7 @@ class Steering:
         lanes = np.arange(self.schedule.num_lanes)
         self.encoder.reset(lanes, hidden)
         self.guard.reset(lanes)
+        self.overfit.reset(lanes)
         self.schedule.observe_job(statistics.mode, label_nats)
         self.schedule.observe_norms(update_norm, weight_norm)
         return self.encoder.encode(statistics, self.schedule)
@@ -118,7 +134,24 @@ class Steering:
         behind &= self._guarded
         fell_back = behind & ~self.schedule.fallen_back
         self.schedule.fall_back(behind)
-        return SteeringUpdate(observation, at_best & self.schedule.may_roll_back, fell_back)
+        at_best &= self.schedule.may_roll_back & ~self.overfit.knows
+        return SteeringUpdate(observation, at_best, fell_back)
+
+    @property
+    def wants_validation(self) -> Booleans:
+        """Lanes whose validation loss would count now, bool[E]."""
+        return self._guarded & self.overfit.due(self.schedule.step, self.schedule.total_steps)
+
+    def validated(self, losses: Floats) -> Verdict:
+        """Takes in validation losses, float64[E] in nats per target, NaN where none was measured.
+
+        A lane that has turned goes on from its best state, a level lower, in linear decay; and may turn again. No
+        policy sees these losses: what a policy observes comes with the statistics.
+        """
+        measured = np.where(self._guarded, np.asarray(losses, np.float64), np.nan)
+        verdict = Verdict(*self.overfit.update(measured, self.schedule.step, self.schedule.total_steps))
+        self.schedule.step_down(verdict.turned)
+        return verdict
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
         """Everything that changes, as arrays of leading dimension E."""
@@ -126,6 +159,7 @@ class Steering:
             ("schedule", self.schedule.state_dict()),
             ("encoder", self.encoder.state_dict()),
             ("guard", self.guard.state_dict()),
+            ("overfit", self.overfit.state_dict()),
         )
         return {f"{part}.{name}": value for part, state in parts for name, value in state.items()}
 
@@ -134,6 +168,7 @@ class Steering:
         self.schedule.load_state_dict(_part(state, "schedule."))
         self.encoder.load_state_dict(_part(state, "encoder."))
         self.guard.load_state_dict(_part(state, "guard."))
+        self.overfit.load_state_dict(_part(state, "overfit."))
 
 
 def _part(state: Mapping[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:

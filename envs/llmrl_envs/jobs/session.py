@@ -252,7 +252,7 @@ class FineTuningSession:
                 takes weights, moments and random numbers back and moves on in the data.
         """
         position = restore_snapshot(snapshot, self._parameters, self.optimizer, self._average)
-        self._random_state = snapshot.random_state
+        self._random_state = {name: state.clone() for name, state in snapshot.random_state.items()}
         if rewind:
             self._best = snapshot.best
             self.step, self.tokens_trained = int(position["step"]), int(position["tokens_trained"])
@@ -262,8 +262,14 @@ class FineTuningSession:
         return {"step": self.step, "tokens_trained": self.tokens_trained, **self.precision.state_dict()}
 
     def mark_best(self) -> None:
-        """Keeps the present state as the one that `roll_back` returns to."""
-        self._best = self._copied_state()
+        """Keeps the present state as the one that `roll_back` returns to, in the host's memory."""
+        self._check_can_snapshot()
+        tensors = {
+            name: tensor.to("cpu", copy=True)
+            for name, tensor in present_tensors(self._parameters, self.optimizer, self._average).items()
+        }
+        states = {name: state.clone() for name, state in self._random_state.items()}
+        self._best = SessionSnapshot(tensors, self._position(), states)
 
     def roll_back(self) -> None:
         """Takes weights, moments and generators back to the best state; data and budget move on."""

@@ -146,7 +146,7 @@ def run_choices(folder, run, context):
             output.logits[..., ord("a") : ord("z")] = float("-inf")
 
     handle = job.loaded.model.register_forward_hook(break_loss)
-    result = run(job, policy, learning_rate=1e-3, seed=3, validate=True)
+    result = run(job, policy, learning_rate=1e-3, seed=3, validate="decisions")
     handle.remove()
     rows = [decision_row(record, policy.spec.names, policy.table.names) for record in result.records]
     return [{**row, "observation": list(row["observation"].values()), "q_values": None} for row in rows]

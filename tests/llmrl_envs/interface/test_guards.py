@@ -1,7 +1,8 @@
-"""The fall-behind guard: patient with noise, firm with lost gains."""
+"""The fall-behind guard: patient with noise, firm with lost gains; and the guard against overfitting."""
 
 import numpy as np
-from llmrl_envs.interface.guards import PATIENCE_DECISIONS, FallBehindGuard
+import pytest
+from llmrl_envs.interface.guards import PATIENCE_DECISIONS, FallBehindGuard, OverfitGuard
 from llmrl_envs.interface.loss_tracker import LossTracker
 
 
@@ -78,3 +79,87 @@ def test_a_job_that_skips_every_step_must_fall_back_too(make_statistics):
 
 def test_one_finite_step_is_enough_not_to_be_stuck(make_statistics):
     assert make_statistics([[np.nan, np.nan], [np.nan, 2.0]]).stuck.tolist() == [True, False]
+
+
+# -- overfitting ----------------------------------------------------------------------------------------------------
+
+BUDGET = np.array([120])
+
+
+def validate(guard, losses, *, every=10, first=10):
+    """Validation losses, one every so many steps; returns (at best, turned) of each."""
+    found = []
+    for index, loss in enumerate(losses):
+        at_best, turned = guard.update(np.array([loss]), np.array([first + every * index]), BUDGET)
+        found.append((bool(at_best[0]), bool(turned[0])))
+    return found
+
+
+def test_a_falling_validation_loss_never_turns():
+    assert validate(OverfitGuard(1), [3.0, 2.0, 1.5, 1.4]) == [(True, False)] * 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "turns"),
+    [
+        ([5.0, 1.0, 1.07], False),  # two per cent of the gain are 0.08
+        ([5.0, 1.0, 1.09], True),
+        ([2.1, 2.0, 2.015], False),  # one per cent of the loss is 0.02
+        ([2.1, 2.0, 2.025], True),
+        ([2.0, 2.01, 2.03], True),  # against the first, which is the lowest
+    ],
+)
+def test_it_has_turned_when_it_stands_above_its_lowest_by_more_than_the_tolerance(losses, turns):
+    assert validate(OverfitGuard(1), losses)[-1] == (False, turns)
+
+
+def test_a_job_may_turn_again_and_be_at_its_best_again():
+    found = validate(OverfitGuard(1), [3.0, 2.0, 2.5, 2.5, 1.9, 2.5])
+    assert [turned for _, turned in found] == [False, False, True, True, False, True]
+    assert [at_best for at_best, _ in found] == [True, True, False, False, True, False]
+
+
+def test_however_often_it_is_measured_a_twelfth_of_the_budget_passes_between_two_that_count():
+    guard = OverfitGuard(1)
+    found = validate(guard, [3.0, 2.9, 2.0, 2.5, 2.5, 2.6], every=5, first=5)
+    assert found == [(False, False), (True, False), (False, False), (True, False), (False, False), (False, True)]
+
+
+def test_at_the_end_of_the_job_it_always_counts():
+    guard = OverfitGuard(1)
+    validate(guard, [3.0, 2.0])
+    assert validate(guard, [2.0, 2.5], first=110)[-1] == (False, True)
+    guard = OverfitGuard(1)
+    guard.update(np.array([2.0]), np.array([118]), BUDGET)
+    at_best, turned = guard.update(np.array([2.5]), BUDGET, BUDGET)
+    assert (at_best[0], turned[0]) == (False, True)
+    assert guard.update(np.array([1.0]), BUDGET, BUDGET)[0][0] == False  # noqa: E712 -- told twice
+
+
+def test_a_loss_that_was_not_measured_says_nothing_and_one_that_is_infinite_turns():
+    guard = OverfitGuard(1)
+    assert validate(guard, [np.nan, 2.0, np.nan, np.inf]) == [
+        (False, False), (True, False), (False, False), (False, True)
+    ]  # fmt: skip
+    assert validate(OverfitGuard(1), [np.inf, np.inf, 2.0, 3.0]) == [
+        (False, False), (False, False), (True, False), (False, True)
+    ]  # fmt: skip
+
+
+def test_lanes_are_judged_and_forgotten_one_by_one():
+    guard, steps, budgets = OverfitGuard(2), np.array([10, 10]), np.array([120, 1200])
+    guard.update(np.array([3.0, 3.0]), steps, budgets)
+    assert guard.knows.tolist() == [True, False]
+    guard.update(np.array([2.0, 2.0]), steps * 20, budgets)
+    guard.reset(np.array([0]))
+    at_best, turned = guard.update(np.array([2.5, 2.5]), steps * 40, budgets)
+    assert at_best.tolist() == [True, False]
+    assert turned.tolist() == [False, True]
+
+
+def test_a_restored_guard_goes_on_and_one_without_a_state_begins():
+    first, second = OverfitGuard(1), OverfitGuard(1)
+    validate(first, [3.0, 2.0])
+    second.load_state_dict(first.state_dict())
+    second.load_state_dict({})
+    assert validate(second, [2.5], first=30) == validate(first, [2.5], first=30) == [(False, True)]

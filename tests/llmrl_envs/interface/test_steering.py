@@ -96,3 +96,68 @@ def test_a_restored_steering_goes_on_as_if_never_interrupted(make_statistics):
     assert updates[0][0].fell_back[0]
     for name, value in first.state_dict().items():
         np.testing.assert_array_equal(value, second.state_dict()[name], err_msg=name)
+
+
+# -- validation losses ----------------------------------------------------------------------------------------------
+
+
+def run_validated(steering, make_statistics, losses):
+    """Intervals of twenty steps with a validation loss after each; returns (at best, turned) of each."""
+    found = []
+    for loss in losses:
+        steering.apply(np.array([steering.schedule.table.hold]))
+        update = steering.observe(make_statistics([1.0] * 20, step=steering.schedule.step + 20))
+        verdict = steering.validated(np.array([loss]))
+        found.append((bool(verdict.at_best[0]), bool(verdict.turned[0]), update))
+    return found
+
+
+def test_a_job_whose_validation_loss_turns_goes_on_lower_and_may_go_lower_still(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    level = steering.schedule.level[0]
+    found = run_validated(steering, make_statistics, [3.0, 2.0, 2.5, 2.5])
+    assert [turned for _, turned, _ in found] == [False, False, True, True]
+    assert [at_best for at_best, _, _ in found] == [True, True, False, False]
+    assert steering.schedule.level[0] == level - 2
+    assert steering.schedule.fallen_back[0]
+    assert steering.schedule.cooldown_start[0] == 60
+
+
+def test_a_job_that_validates_says_by_that_loss_alone_which_state_is_best(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    updates = [update for _, _, update in run_validated(steering, make_statistics, [3.0, 2.0, 1.0])]
+    assert [bool(update.at_best[0]) for update in updates] == [True, False, False]
+
+
+def test_no_policy_sees_what_the_guard_is_told(make_statistics):
+    told, not_told = (new_steering("moves_only") for _ in range(2))
+    observations = []
+    for steering, losses in ((told, [3.0, 2.0]), (not_told, [np.nan, np.nan])):
+        begin(steering, make_statistics)
+        found = run_validated(steering, make_statistics, losses)
+        observations.append([update.observation.tolist() for _, _, update in found])
+    assert observations[0] == observations[1]
+
+
+def test_without_guards_a_validation_loss_changes_nothing(make_statistics):
+    steering = new_steering(guarded=False)
+    begin(steering, make_statistics)
+    assert not steering.wants_validation[0]
+    found = run_validated(steering, make_statistics, [3.0, 2.0, 9.0])
+    assert not any(at_best or turned for at_best, turned, _ in found)
+    assert not steering.schedule.fallen_back[0]
+
+
+def test_a_new_job_in_a_lane_knows_no_validation_loss_of_the_old_one(make_statistics):
+    steering = new_steering(lanes=2)
+    zeros = make_statistics(np.zeros((2, 0)), step=np.zeros(2, np.int64))
+    steering.begin(zeros, np.repeat(FIVE, 2), np.repeat(TWENTY, 2))
+    steering.schedule.advance(np.array([30, 30]))
+    steering.validated(np.array([2.0, 2.0]))
+    fresh = Schedule(MOVES, np.array([100]), np.array([1e-3]))
+    steering.begin_lanes(
+        np.array([1]), fresh, make_statistics(np.zeros((1, 0)), step=np.array([0])), FIVE, TWENTY
+    )  # fmt: skip
+    assert steering.overfit.knows.tolist() == [True, False]
