@@ -75,7 +75,7 @@ def test_without_warmup_the_first_step_is_at_the_peak():
 def test_settings_out_of_range_are_refused_by_name():
     bad = {
         "base": "linaer", "warmup_fraction": 1.0, "start": "gvien", "rollbacks": -1, "cooldown_progress": 1.5,
-        "smoothing": 0.0, "earliest_cooldown": 1.5,
+        "smoothing": 0.0, "earliest_cooldown": 1.5, "earliest_move": -0.1,
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(UserError, match=name if name != "base" else "base schedule"):
@@ -276,8 +276,20 @@ def test_a_cooldown_may_begin_as_early_as_the_settings_say_but_not_within_the_wa
     assert [rate(schedule, step) for step in (10, 40, 100)] == pytest.approx([rate(linear, s) for s in (10, 40, 100)])
 
 
+@pytest.mark.parametrize("actions", ["moves", "levels"])
+def test_the_level_stays_until_the_settings_let_it_move(actions):
+    """What changes no level may be done all the same."""
+    schedule = build(actions, earliest_move=0.2)
+    moving = {a.name for a in schedule.table.actions if a.move or a.level is not None} - {"hold"}
+    at(schedule, 19)
+    assert not moving & available(schedule)
+    assert {"hold", "freeze"} <= available(schedule) or actions == "levels"
+    at(schedule, 20)
+    assert moving & available(schedule)
+
+
 def test_settings_that_earlier_versions_lack_change_an_identity_only_where_they_are_set():
-    assert "earliest_cooldown" not in ScheduleSettings().identity()
+    assert not {"earliest_cooldown", "earliest_move"} & set(ScheduleSettings().identity())
     assert ScheduleSettings(earliest_cooldown=0.05).identity()["earliest_cooldown"] == 0.05
     assert ScheduleSettings().identity() == {
         "base": "linear", "warmup_fraction": 0.05, "start": "default", "rollbacks": 2, "cooldown_progress": 0.9,
