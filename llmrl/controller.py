@@ -178,7 +178,7 @@ class ScheduleController:
         """Call when the optimizer has stepped; the next step's rates then stand in the optimizer."""
         self.job.after_step()
 
-    def validated(self, loss: float) -> dict[str, bool]:
+    def validated(self, loss: float, num_targets: int | None = None) -> dict[str, bool]:
         """Call, where your loop validates now and then, with what it found, after `after_step`.
 
         The loss is for the guard and the record: where it has turned, the job goes on from its best state at a lower
@@ -186,11 +186,13 @@ class ScheduleController:
 
         Args:
             loss: Mean loss on validation data, nats per target, of this process's share.
+            num_targets: Tokens or labels that all processes' losses are the mean over, if you know: of few the guard is
+                less sure.
 
         Returns:
             What the guard did, as in a record's events; mostly nothing.
         """
-        events = self.job.validated(loss)
+        events = self.job.validated(loss, num_targets)
         if self.records:
             latest = self.records[-1]
             self.records[-1] = replace(latest, validation_loss=loss, events=latest.events | events)

@@ -266,9 +266,10 @@ class DecisionLoop:
         """A validation loss would count now; see `OverfitGuard`."""
         return bool(self.steering.wants_validation[0])
 
-    def validated(self, loss: float) -> Verdict:
-        """Takes in a validation loss, nats per target, that the host has measured after `observe`."""
-        return self.steering.validated(np.array([loss if math.isfinite(loss) else math.inf]))
+    def validated(self, loss: float, num_targets: int | None = None) -> Verdict:
+        """Takes in a validation loss, nats per target, that the host has measured after `observe`; see `Steering`."""
+        count = math.inf if num_targets is None else max(num_targets, 1)
+        return self.steering.validated(np.array([loss if math.isfinite(loss) else math.inf]), count)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step with index `step`."""

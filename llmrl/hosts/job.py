@@ -136,8 +136,8 @@ def _run_decision(
     update = loop.observe(statistics)
     loss, at_best, fell_back, turned = math.nan, bool(update.at_best[0]), bool(update.fell_back[0]), False
     if validate == "decisions" or (validate == "guard" and loop.wants_validation):
-        loss = meter.evaluate()
-        verdict = loop.validated(loss)
+        found = meter.evaluate()
+        loss, verdict = found.loss, loop.validated(found.loss, found.num_targets)
         at_best, turned = bool(verdict.at_best[0]), bool(verdict.turned[0])
     if at_best and keeps_best:
         session.mark_best()

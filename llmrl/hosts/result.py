@@ -80,11 +80,11 @@ class JobMeter:
             "seconds": time.perf_counter() - self._began,
         }
 
-    def evaluate(self) -> float:
-        """Loss on the validation subset, counted as a cost of the job."""
+    def evaluate(self) -> Evaluation:
+        """What a pass over the validation subset finds, counted as a cost of the job."""
         found = self._session.evaluate("validation")
         self._tokens_evaluated += found.num_tokens
-        return found.loss
+        return found
 
     def add(self, statistics: TrainingStatistics, learning_rate: float) -> None:
         """Takes in an interval; see `CurveRecorder.add`."""

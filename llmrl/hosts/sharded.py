@@ -164,7 +164,7 @@ class _SharedJob:
         loop = self._controller.job.loop
         if self._validate == "decisions" or (self._validate == "guard" and loop.wants_validation):
             found = self._passes.evaluate("validation")
-            self._controller.validated(found.loss)
+            self._controller.validated(found.loss, found.num_targets)
             record = self._controller.records[-1]
             self._result.tokens_evaluated += found.num_tokens
             self._model.train()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmrl.decisions import DecisionRecord
 from llmrl.hosts.reporting import TrainerReport
 from llmrl.hosts.schedule_lr import ScheduleLR
 from llmrl.live.capabilities import check_deepspeed_config
+from llmrl.live.labels import model_label_nats
 from llmrl.live.optimizers import check_optimizer, innermost
 from llmrl.live.snapshots import SnapshotPlace
 from llmrl.policy import SchedulePolicy
@@ -232,10 +233,17 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         """Tells the guard the validation loss; one of several evaluation sets, which have names, counts for nothing."""
         loss = (kwargs.get("metrics") or {}).get("eval_loss")
         if loss is not None and self._is_training:
-            events = self.controller.validated(float(loss))
+            events = self.controller.validated(float(loss), self._num_labels())
             if events:
                 self._trainer.log({f"llmrl/event_{name}": 1.0 for name in events})
             self._prepare_step(args, kwargs["lr_scheduler"])
+
+    def _num_labels(self) -> int | None:
+        """Labels that a classifier's evaluation loss is the mean over; None for other models, whose tokens are many."""
+        if not math.isfinite(model_label_nats(self._trainer.model)):
+            return None
+        data = self._trainer.eval_dataset
+        return len(data) if isinstance(data, Sized) else None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

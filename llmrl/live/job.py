@@ -283,16 +283,17 @@ class LiveJob:
             if self._decision.rollback:
                 self._roll_back()
 
-    def validated(self, loss: float) -> dict[str, bool]:
+    def validated(self, loss: float, num_targets: int | None = None) -> dict[str, bool]:
         """Takes in a validation loss that the host has measured between two steps.
 
         Args:
             loss: Nats per target, of this process's examples.
+            num_targets: Targets of all processes; None where it is not known.
 
         Returns:
             What the guard did, as in a record's events.
         """
-        verdict = self.loop.validated(float(self._processes.mean(self._scalar(loss))))
+        verdict = self.loop.validated(float(self._processes.mean(self._scalar(loss))), num_targets)
         if verdict.at_best[0] and self._keeps_snapshots:
             self._take_snapshot()
         if not verdict.turned[0]:

@@ -83,8 +83,8 @@ class OverfitGuard:
 
     No train loss shows it: examples that come again are known by then. A job has turned when its validation loss stands
     above its lowest by more than the larger of two per cent of what it has gained since the first and one per cent of
-    itself. However often a host validates, a loss counts only when a twelfth of the budget has passed since the one
-    before, or at the job's end.
+    itself, or, where targets are few, one over the square root of their number. However often a host validates, a loss
+    counts only when a twelfth of the budget has passed since the one before, or at the job's end.
 
     Args:
         num_lanes: Number of jobs, E.
@@ -116,13 +116,16 @@ class OverfitGuard:
         passed = step - self.last_step >= VALIDATION_PERIOD * total_steps
         return np.asarray((step > self.last_step) & (passed | (step >= total_steps)))
 
-    def update(self, losses: Floats, step: Integers, total_steps: Integers) -> tuple[Booleans, Booleans]:
+    def update(
+        self, losses: Floats, step: Integers, total_steps: Integers, num_targets: Floats | float = np.inf
+    ) -> tuple[Booleans, Booleans]:
         """Takes in validation losses.
 
         Args:
             losses: float64[E], nats per target; NaN where none was measured, infinite where it is not finite.
             step: int64[E], optimizer steps done.
             total_steps: int64[E], budgets.
+            num_targets: float64[E], targets that each loss is the mean over; infinite where it is not known.
 
         Returns:
             The lanes that are now at their best, bool[E], and those that have turned, bool[E].
@@ -134,7 +137,8 @@ class OverfitGuard:
         self.best = np.where(at_best, losses, self.best)
         lowest = np.where(self.knows, self.best, 0.0)
         gain = np.where(self.knows, self.first - lowest, 0.0)
-        tolerance = np.maximum(TURNED_SHARE * gain, TURNED_LOSS * lowest)
+        share_of_loss = np.maximum(TURNED_LOSS, 1.0 / np.sqrt(num_targets))
+        tolerance = np.maximum(TURNED_SHARE * gain, share_of_loss * lowest)
         turned = counts & self.knows & (losses - lowest > tolerance)
         return np.asarray(at_best), np.asarray(turned)
 

@@ -142,14 +142,18 @@ class Steering:
         """Lanes whose validation loss would count now, bool[E]."""
         return self._guarded & self.overfit.due(self.schedule.step, self.schedule.total_steps)
 
-    def validated(self, losses: Floats) -> Verdict:
-        """Takes in validation losses, float64[E] in nats per target, NaN where none was measured.
+    def validated(self, losses: Floats, num_targets: Floats | float = np.inf) -> Verdict:
+        """Takes in validation losses.
 
         A lane that has turned goes on from its best state, a level lower, in linear decay; and may turn again. No
         policy sees these losses: what a policy observes comes with the statistics.
+
+        Args:
+            losses: float64[E], nats per target; NaN where none was measured.
+            num_targets: float64[E], targets that each is the mean over; infinite where it is not known.
         """
         measured = np.where(self._guarded, np.asarray(losses, np.float64), np.nan)
-        verdict = Verdict(*self.overfit.update(measured, self.schedule.step, self.schedule.total_steps))
+        verdict = Verdict(*self.overfit.update(measured, self.schedule.step, self.schedule.total_steps, num_targets))
         self.schedule.step_down(verdict.turned)
         return verdict
 

@@ -92,7 +92,7 @@ def run_baseline(
         statistics = session.run_interval(num_steps, rates)
         rate = _last_rate(session, rates, baseline)
         if isinstance(rates, FeedbackRates):
-            rates.observe(meter.evaluate())
+            rates.observe(meter.evaluate().loss)
         events.add(statistics)
         meter.add(statistics, rate)
         if on_step is not None:

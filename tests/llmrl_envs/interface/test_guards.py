@@ -113,6 +113,13 @@ def test_it_has_turned_when_it_stands_above_its_lowest_by_more_than_the_toleranc
     assert validate(OverfitGuard(1), losses)[-1] == (False, turns)
 
 
+@pytest.mark.parametrize(("num_targets", "turns"), [(64, False), (400, True), (np.inf, True)])
+def test_of_few_targets_it_is_less_sure(num_targets, turns):
+    guard = OverfitGuard(1)
+    validate(guard, [0.7, 0.5])
+    assert guard.update(np.array([0.55]), np.array([30]), BUDGET, np.array([num_targets]))[1][0] == turns
+
+
 def test_a_job_may_turn_again_and_be_at_its_best_again():
     found = validate(OverfitGuard(1), [3.0, 2.0, 2.5, 2.5, 1.9, 2.5])
     assert [turned for _, turned in found] == [False, False, True, True, False, True]
