@@ -83,8 +83,8 @@ class OverfitGuard:
 
     No train loss shows it: examples that come again are known by then. A job has turned when its validation loss stands
     above its lowest by more than the larger of two per cent of what it has gained since the first and one per cent of
-    itself, or, where targets are few, one over the square root of their number. However often a host validates, a loss
-    counts only when a twelfth of the budget has passed since the one before, or at the job's end.
+    itself, or, where targets are few, the square root of the loss over their number. However often a host validates, a
+    loss counts only when a twelfth of the budget has passed since the one before, or at the job's end.
 
     Args:
         num_lanes: Number of jobs, E.
@@ -137,8 +137,9 @@ class OverfitGuard:
         self.best = np.where(at_best, losses, self.best)
         lowest = np.where(self.knows, self.best, 0.0)
         gain = np.where(self.knows, self.first - lowest, 0.0)
-        share_of_loss = np.maximum(TURNED_LOSS, 1.0 / np.sqrt(num_targets))
-        tolerance = np.maximum(TURNED_SHARE * gain, share_of_loss * lowest)
+        # A target's cross-entropy varies about as much as it is large, so this is the order of the mean's error.
+        error = np.sqrt(lowest / num_targets)
+        tolerance = np.maximum(np.maximum(TURNED_SHARE * gain, TURNED_LOSS * lowest), error)
         turned = counts & self.knows & (losses - lowest > tolerance)
         return np.asarray(at_best), np.asarray(turned)
 
