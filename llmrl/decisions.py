@@ -8,6 +8,7 @@ It knows no host. Whoever runs the job asks it for learning rates and tells it w
         decision = loop.decide()          # host: roll back if decision.rollback
         ... train loop.interval steps at loop.schedule.learning_rate(step) ...
         update = loop.observe(statistics)  # host: keep a snapshot if update.at_best[0]
+        verdict = loop.validated(loss)     # where the host validates: keep one, or go back to it
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from llmrl_envs.interface.action import UpdateChoice
@@ -27,6 +28,9 @@ from llmrl_envs.interface.steering import Steering, SteeringUpdate, Verdict
 from numpy.typing import NDArray
 
 from llmrl.policy import SchedulePolicy
+
+Validations = Literal["never", "guard", "decisions"]
+"""When a host measures the validation loss: after every interval, where the guard wants it, or never."""
 
 
 @dataclass(frozen=True)
@@ -261,10 +265,9 @@ class DecisionLoop:
         self._observation = update.observation
         return update
 
-    @property
-    def wants_validation(self) -> bool:
-        """A validation loss would count now; see `OverfitGuard`."""
-        return bool(self.steering.wants_validation[0])
+    def validation_due(self, when: Validations) -> bool:
+        """Whether a host that validates `when` is to measure the loss after this interval; see `OverfitGuard`."""
+        return when == "decisions" or (when == "guard" and bool(self.steering.wants_validation[0]))
 
     def validated(self, loss: float, num_targets: int | None = None) -> Verdict:
         """Takes in a validation loss, nats per target, that the host has measured after `observe`; see `Steering`."""

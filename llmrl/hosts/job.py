@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
@@ -16,14 +15,12 @@ from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.session import FineTuningSession
 
 from llmrl.compare.names import SCHEDULE_NAMES
-from llmrl.decisions import DecisionLoop, DecisionRecord, interval_record
+from llmrl.decisions import DecisionLoop, DecisionRecord, Validations, interval_record
 from llmrl.hosts.accelerate import AcceleratorContext
 from llmrl.hosts.checkpoints import JobCheckpoints
 from llmrl.hosts.job_state import JobState, records_state, restore_session, restored_records, session_state
 from llmrl.hosts.result import JobMeter, JobResult, count_events
 from llmrl.policy import SchedulePolicy
-
-Validations = Literal["never", "guard", "decisions"]
 
 
 def named_schedule(name: str, warmup_fraction: float) -> SchedulePolicy:
@@ -135,7 +132,7 @@ def _run_decision(
     rate = loop.learning_rate(session.step - 1)
     update = loop.observe(statistics)
     loss, at_best, fell_back, turned = math.nan, bool(update.at_best[0]), bool(update.fell_back[0]), False
-    if validate == "decisions" or (validate == "guard" and loop.wants_validation):
+    if loop.validation_due(validate):
         found = meter.evaluate()
         loss, verdict = found.loss, loop.validated(found.loss, found.num_targets)
         at_best, turned = bool(verdict.at_best[0]), bool(verdict.turned[0])

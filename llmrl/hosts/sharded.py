@@ -22,10 +22,9 @@ from llmrl_envs.jobs.task import FineTuningTask
 from torch import nn
 
 from llmrl.controller import ScheduleController
-from llmrl.decisions import DecisionRecord
+from llmrl.decisions import DecisionRecord, Validations
 from llmrl.hosts.accelerate import AcceleratorContext
 from llmrl.hosts.checkpoints import JobCheckpoints
-from llmrl.hosts.job import Validations
 from llmrl.hosts.job_state import (
     JobState,
     as_arrays,
@@ -161,8 +160,7 @@ class _SharedJob:
         )
 
     def _note(self, record: DecisionRecord) -> None:
-        loop = self._controller.job.loop
-        if self._validate == "decisions" or (self._validate == "guard" and loop.wants_validation):
+        if self._controller.job.loop.validation_due(self._validate):
             found = self._passes.evaluate("validation")
             self._controller.validated(found.loss, found.num_targets)
             record = self._controller.records[-1]

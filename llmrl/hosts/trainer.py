@@ -71,7 +71,6 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         self._norm: Tensor | float | None = None
         self._max_grad_norm = 0.0
         self._tightened: float | None = None
-        self._is_training = False
         self._told_to: TrainerReport
 
     @property
@@ -202,7 +201,6 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         if restored is not None:
             self.controller.load_state_dict(restored)
         scheduler.restored = None
-        self._is_training = True
         self._prepare_step(args, scheduler)
 
     def on_step_begin(
@@ -232,7 +230,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells the guard the validation loss; one of several evaluation sets, which have names, counts for nothing."""
         loss = (kwargs.get("metrics") or {}).get("eval_loss")
-        if loss is not None and self._is_training:
+        if loss is not None and self._trainer.is_in_train:
             events = self.controller.validated(float(loss), self._num_labels())
             if events:
                 self._trainer.log({f"llmrl/event_{name}": 1.0 for name in events})
@@ -250,7 +248,6 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Gives the clipping norm back, and the whole schedule to where tables and pictures go."""
         args.max_grad_norm, self._tightened = self._max_grad_norm, None
-        self._is_training = False
         self._told_to.finish()
 
     def _prepare_step(self, args: TrainingArguments, scheduler: ScheduleLR) -> None:

@@ -239,9 +239,11 @@ class FineTuningSession:
         if not self._can_snapshot:
             raise ValueError("snapshot: expected a session with its own AdamW, got another optimizer's")
 
-    def _copied_state(self) -> SessionSnapshot:
+    def _copied_state(self, device: torch.device | None = None) -> SessionSnapshot:
         self._check_can_snapshot()
-        return take_snapshot(self._parameters, self.optimizer, self._average, self._position(), self._random_state)
+        return take_snapshot(
+            self._parameters, self.optimizer, self._average, self._position(), self._random_state, device=device
+        )
 
     def restore(self, snapshot: SessionSnapshot, *, rewind: bool = True) -> None:
         """Returns to a snapshot.
@@ -263,13 +265,7 @@ class FineTuningSession:
 
     def mark_best(self) -> None:
         """Keeps the present state as the one that `roll_back` returns to, in the host's memory."""
-        self._check_can_snapshot()
-        tensors = {
-            name: tensor.to("cpu", copy=True)
-            for name, tensor in present_tensors(self._parameters, self.optimizer, self._average).items()
-        }
-        states = {name: state.clone() for name, state in self._random_state.items()}
-        self._best = SessionSnapshot(tensors, self._position(), states)
+        self._best = self._copied_state(torch.device("cpu"))
 
     def roll_back(self) -> None:
         """Takes weights, moments and generators back to the best state; data and budget move on."""

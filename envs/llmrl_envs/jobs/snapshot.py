@@ -35,9 +35,12 @@ def take_snapshot(
     average: Sequence[Tensor],
     position: Mapping[str, float],
     random_state: Mapping[str, Tensor],
+    *,
+    device: torch.device | None = None,
 ) -> SessionSnapshot:
-    """Copies a job's state; later training does not change the copy."""
-    tensors = {name: tensor.clone() for name, tensor in present_tensors(parameters, optimizer, average).items()}
+    """Copies a job's state, to `device` or to where it is; later training does not change the copy."""
+    present = present_tensors(parameters, optimizer, average)
+    tensors = {name: tensor.to(device or tensor.device, copy=True) for name, tensor in present.items()}
     states = {name: state.clone() for name, state in random_state.items()}
     return SessionSnapshot(tensors, dict(position), states)
 
