@@ -1,9 +1,9 @@
 """A population against single environments of the same seeds and actions, in float32 and in float64."""
 
+import collections
 import dataclasses
 import functools
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +97,27 @@ class Watched:
         return found
 
 
+class Compared:
+    """What a lane and its single environment gave, job after job."""
+
+    def __init__(self):
+        self.pairs = {"observations": [], "rewards": [], "parameters": []}
+
+    def add(self, got, single):
+        self.pairs["observations"].append((got.observation, single.observation))
+        self.pairs["rewards"].append((got.reward, single.reward))
+        if not single.terminated:
+            self.pairs["parameters"].append((joined(got.parameters), joined(single.parameters)))
+
+    def errors(self):
+        """Relative error of each as one vector over all decisions."""
+        return {name: relative(*map(flattened, zip(*pairs, strict=True))) for name, pairs in self.pairs.items()}
+
+
+def flattened(arrays):
+    return np.concatenate([np.ravel(array) for array in arrays])
+
+
 def chosen_actions(rng, masks, decision, names):
     """At random, with many freezes and rollbacks among them."""
     actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
@@ -125,7 +146,7 @@ def both(tasks, arguments, *, lanes=3, seed=12, decisions=60):
     vector = FineTuningVectorEnv(lanes, distribution, library=library, **arguments)
     obs, infos = vector.reset(seed=seed)
     singles = Watched(lanes, distribution, seed, library, **arguments)
-    rng, seen, names = np.random.default_rng(3), Counter(), vector.table.names
+    rng, seen, names = np.random.default_rng(3), collections.Counter(), vector.table.names
     for decision in range(decisions):
         before, first = [info for _, info in singles.last], [observation for observation, _ in singles.last]
         np.testing.assert_array_equal(infos["action_mask"], [info["action_mask"] for info in before])
@@ -199,8 +220,11 @@ def doubled(monkeypatch):
 @EVERY_KIND
 def test_lanes_equal_single_environments(tasks, arguments):
     """Sixty decisions with freezes, rollbacks, skipped steps, diverging jobs and restarts among them."""
-    tolerances, steady = Tolerances(3), 0
+    tolerances, steady, lanes = Tolerances(3), 0, collections.defaultdict(Compared)
     for lane, got, single, before in both(tasks, arguments):
+        lanes[lane, "all jobs"].add(got, single)
+        if tolerances.of(lane, before) < WILD_TOLERANCE:
+            lanes[lane, "without those that fly apart"].add(got, single)
         allowed = tolerances.of(lane, before)
         np.testing.assert_allclose(got.started, single.started, rtol=allowed, atol=allowed)
         allowed = tolerances.after(lane, single.info)
@@ -218,6 +242,8 @@ def test_lanes_equal_single_environments(tasks, arguments):
             assert relative(got.parameters[name], value, without=2) <= allowed, name
         steady += allowed == TOLERANCE
     assert steady >= 20
+    for jobs, compared in lanes.items():
+        assert max(compared.errors().values()) <= TOLERANCE, (jobs, compared.errors())
 
 
 @pytest.mark.usefixtures("poisoned", "doubled")

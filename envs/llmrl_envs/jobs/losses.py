@@ -19,7 +19,7 @@ class LossSum:
     """A batch's summed loss.
 
     Attributes:
-        loss: float32 scalar, sum over targets of the cross-entropy in nats.
+        loss: Scalar, sum over targets of the cross-entropy in nats; float32, without gradients float64.
         correct: int64 scalar, targets that the most probable class hits; -1 for language models.
     """
 
@@ -29,20 +29,20 @@ class LossSum:
 
 def language_model_loss(logits: Tensor, labels: Tensor) -> LossSum:
     """Next-token loss of `logits` float[B, L, V] for `labels` int64[B, L]; labels of -100 are no targets."""
-    vocabulary = logits.shape[-1]
-    loss = functional.cross_entropy(
-        wide(logits[:, :-1].reshape(-1, vocabulary)),
-        labels[:, 1:].reshape(-1),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
+    loss = _summed_cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
     return LossSum(loss, torch.full((), -1, device=loss.device))
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> LossSum:
     """Loss of `logits` float[B, C] for `labels` int64[B]."""
-    loss = functional.cross_entropy(wide(logits), labels, reduction="sum")
-    return LossSum(loss, (logits.argmax(dim=-1) == labels).sum())
+    return LossSum(_summed_cross_entropy(logits, labels), (logits.argmax(dim=-1) == labels).sum())
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of `logits` float[N, C]; in evaluations added up in float64, because rewards are differences."""
+    if torch.is_grad_enabled():
+        return functional.cross_entropy(wide(logits), targets, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(wide(logits), targets, ignore_index=IGNORED, reduction="none").double().sum()
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], *, classification: bool) -> LossSum:

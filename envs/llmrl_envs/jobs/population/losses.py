@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,7 +18,7 @@ class LaneLosses:
     """Losses of P jobs.
 
     Attributes:
-        loss: float32[P], sum over each job's targets.
+        loss: float32[P], sum over each job's targets; float64 without gradients, as in single jobs.
         correct: int64[P], targets that the most probable class hits; None for language models.
     """
 
@@ -41,4 +42,5 @@ def sequence_losses(model: nn.Module, sequences: Sequences, *, classification: b
     rows = logits.reshape(-1, logits.shape[-1])
     each = functional.cross_entropy(wide(rows), targets, ignore_index=IGNORED, reduction="none")
     correct = (rows.argmax(dim=-1) == targets).view(lanes, -1).sum(dim=1) if classification else None
-    return LaneLosses(each.view(lanes, -1).sum(dim=1), correct)
+    summands = each if torch.is_grad_enabled() else each.double()
+    return LaneLosses(summands.view(lanes, -1).sum(dim=1), correct)
