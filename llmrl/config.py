@@ -108,7 +108,7 @@ class EnvConfig(Settings):
         groups: Jobs of a population that share task, given rate, seed and data order; the first of each group holds.
         tasks: The jobs of `llmrl/FineTuning-v0`; required there and refused elsewhere. Other keys that an environment
             does not read are refused as well.
-        actions: Name of the action table: moves, moves_only, decay, careful, joint, levels, factors.
+        actions: Name of the action table: moves, moves_only, decay, rise, careful, joint, levels, factors.
         observation: What the policy sees.
         reward: How the reward is made.
         schedule: What an action changes.
@@ -293,7 +293,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _check_groups_of_demonstrators(self) -> TrainConfig:
         name = self.training.demonstrator
-        size = {"neighbours": 7, "decay_times": 6}.get(name)
+        size = {"neighbours": 7, "decay_times": 10 if self.env.actions == "rise" else 6}.get(name)
         if size is not None and (self.env.groups != size or self.env.population != size):
             what = "level" if name == "neighbours" else "time"
             raise ValueError(

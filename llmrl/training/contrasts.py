@@ -93,13 +93,14 @@ class GroupScript(Generic[Member]):
         self._agent.end_episodes()
 
 
-def in_units_of_best(returns: Sequence[float]) -> list[float]:
+def in_units_of_best(returns: Sequence[float], unit: float | None = None) -> list[float]:
     """The returns of a group in units of its best, fitted with one peak; a job that fails counts -1.
 
     Args:
         returns: Of its members, in the order of what they differ in: level, or time.
+        unit: The best return, where these are some of its members.
     """
-    unit = max(SMALLEST_UNIT, *returns)
+    unit = max(SMALLEST_UNIT, *returns) if unit is None else max(SMALLEST_UNIT, unit)
     fitted: list[float] = (with_one_peak(np.maximum(np.asarray(returns, np.float64), -unit)) / unit).tolist()
     return fitted
 

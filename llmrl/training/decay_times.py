@@ -3,19 +3,24 @@
 When to begin is a question of optimal stopping: a job that waits one decision more can still begin at the next. So a
 group (`env.groups`) shares task, seed and data order, over a base schedule that stays at its peak. Its first member
 waits until the base itself decays; the others commit to a cooldown as soon as they may, and after 12, 20, 30 and 45 %
-of the budget. Until then they are the same job, so their returns differ by the choice and little else.
+of the budget. Until then they are the same job, so their returns differ by the choice and little else. Where the
+actions can raise the level, four more members do so as soon as they may, and decay at times of their own.
 
 **What is stored are contrasts.** The return as a function of the time of the decay is fitted with one peak and is
 linear between the times that were tried. At each decision of the member that waits, beginning now pays nothing, and
 waiting pays the return of the best time that is still to come less that of now, in units of the best return of the
 group. Learned from such transitions, Q(s, wait) - Q(s, begin) is what waiting is worth to a job that stops at the best
 moment from there on; it is a little below zero where there is nothing to wait for.
+
+Raising the level pays the best return that is still to come of those that raised it, less that of beginning now at the
+lower level. Members that raised theirs at their first opportunity stand for one that does so a few decisions later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llmrl_envs.interface.action import ActionTable, UpdateChoice
@@ -26,9 +31,33 @@ from numpy.typing import NDArray
 from llmrl.dqn.agent import Agent
 from llmrl.training.contrasts import GroupScript, Sight, in_units_of_best, store_contrast
 
-TIMES = (1.0, 0.0, 0.12, 0.2, 0.3, 0.45)
-"""Shares of the budget from which the members of a group decay, as soon as they may; the first waits for the base."""
-GROUP_SIZE = len(TIMES)
+
+class Plan(NamedTuple):
+    """What a member of a group does.
+
+    Attributes:
+        time: Share of the budget from which it decays, as soon as it may; 1 waits for the base.
+        rises: It raises its level as soon as it may, before.
+    """
+
+    time: float
+    rises: bool = False
+
+
+PLANS = (Plan(1.0), Plan(0.0), Plan(0.12), Plan(0.2), Plan(0.3), Plan(0.45))
+RISING_PLANS = (Plan(1.0, rises=True), Plan(0.0, rises=True), Plan(0.2, rises=True), Plan(0.4, rises=True))
+"""The first of each waits for the base."""
+
+
+def rise_of(table: ActionTable) -> int | None:
+    """The action that does nothing but raise the level by one place; None where there is none."""
+    rises = [i for i, a in enumerate(table.actions) if (a.move, a.level, a.choice) == (1, None, UpdateChoice.NONE)]
+    return rises[0] if rises else None
+
+
+def plans_of(table: ActionTable) -> tuple[Plan, ...]:
+    """One for each member of a group."""
+    return PLANS if rise_of(table) is None else PLANS + RISING_PLANS
 
 
 @dataclass
@@ -36,6 +65,7 @@ class _Member:
     """A job of a group under way."""
 
     began: float | None = None
+    has_risen: bool = False
     seen: list[tuple[float, Sight]] = field(default_factory=list)
     gain: float = 0.0
     is_over: bool = False
@@ -48,7 +78,7 @@ class DecayTimes(GroupScript[_Member]):
         agent: Gets the contrasts of every group that ends.
         table: The environment's actions; one must be a cooldown.
         spec: Layout of its observations.
-        num_envs: Environments that act together, in groups of `GROUP_SIZE`.
+        num_envs: Environments that act together, in groups of as many as `plans_of(table)`.
         base: Their base schedule, one that stays at its peak for a while.
 
     Raises:
@@ -61,8 +91,9 @@ class DecayTimes(GroupScript[_Member]):
             raise ValueError(f"table: expected a cooldown among the actions, got {table.names} in {table.name!r}")
         if base != "constant" and base not in WSD_DECAY_FRACTIONS:
             raise ValueError(f"base: expected constant, wsd or wsd_40, got {base!r}")
-        super().__init__(agent, num_envs, GROUP_SIZE)
-        self._cooldown, self._hold = cooldowns[0], table.hold
+        self._plans = plans_of(table)
+        super().__init__(agent, num_envs, len(self._plans))
+        self._cooldown, self._hold, self._rise = cooldowns[0], table.hold, rise_of(table)
         self._latest = 1.0 - WSD_DECAY_FRACTIONS.get(base, 0.0)
         self._progress = spec.names.index("progress")
 
@@ -70,33 +101,64 @@ class DecayTimes(GroupScript[_Member]):
         return _Member()
 
     def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
-        """Holding, or the cooldown of a member whose time has come. int64[E]."""
+        """What the plans say: holding, raising the level, or the cooldown. int64[E]."""
         actions = np.full(len(obs), self._hold, np.int64)
         for lane, row in enumerate(obs):
-            progress, place = row[self._progress], lane % GROUP_SIZE
+            progress, plan = float(row[self._progress]), self._plans[lane % self._group_size]
             if progress == 0.0:
                 self._members[lane] = _Member()
             member = self._members[lane]
-            if place == 0:  # its own mask allows nothing but holding: the others' says what it might do
-                others = mask[lane + 1 : lane + GROUP_SIZE, self._cooldown]
-                if progress < self._latest and (others.any() or member.seen):
-                    available = np.zeros(mask.shape[1], np.bool_)
-                    available[[self._hold, self._cooldown]] = True
-                    member.seen.append((float(progress), Sight(row.copy(), available)))
-            elif member.began is None and progress >= np.float32(TIMES[place]) and mask[lane, self._cooldown]:
-                actions[lane] = self._cooldown
-                member.began = float(progress)
+            if self._rise is not None and plan.rises and not member.has_risen:
+                if mask[lane, self._rise]:
+                    actions[lane], member.has_risen = self._rise, True
+            elif plan.time == 1.0:
+                self._look(lane, progress, row, mask)
+            elif member.began is None and progress >= np.float32(plan.time) and mask[lane, self._cooldown]:
+                actions[lane], member.began = self._cooldown, progress
         return actions
 
+    def _look(self, lane: int, progress: float, row: NDArray[Any], mask: NDArray[np.bool_]) -> None:
+        """Keeps what a waiting member sees, and what it might do.
+
+        The group's first, its reference, has a mask that allows nothing but holding: those of its peers say it.
+        """
+        first = lane - lane % self._group_size
+        same = [i for i, plan in enumerate(self._plans) if plan.rises == self._plans[lane - first].rises]
+        available: NDArray[np.bool_] = np.any(mask[[first + i for i in same]], axis=0)
+        if progress < self._latest and (available[self._cooldown] or self._members[lane].seen):
+            available[[self._hold, self._cooldown]] = True
+            self._members[lane].seen.append((progress, Sight(row.copy(), available)))
+
     def _tell(self, first: int, group: list[_Member]) -> None:
-        """Passes a group's contrasts on, in the lane of the member that waited."""
-        returns = {member.began: member.gain for member in group[1:] if member.began is not None}
-        returns[self._latest] = group[0].gain
+        """Passes a group's contrasts on, in the lanes of the members that waited."""
+        unit = max(member.gain for member in group)
+        curves = [self._curve(group[: len(PLANS)], unit)]
+        if len(group) > len(PLANS):
+            curves.append(self._curve(group[len(PLANS) :], unit))
+        for place, curve in zip((0, len(PLANS)), curves, strict=False):
+            seen = [(time, sight) for time, sight in group[place].seen if time >= curve.times[0]]
+            for index, (now, sight) in enumerate(seen):
+                later = [*(time for time, _ in seen[index + 1 :]), self._latest]
+                gains = {self._cooldown: 0.0, self._hold: curve.best_at(later) - curve.best_at([now])}
+                if self._rise is not None and sight.mask[self._rise]:
+                    gains[self._rise] = curves[1].best_at(later) - curve.best_at([now])
+                for action, gain in gains.items():
+                    store_contrast(self._agent, len(self._members), first + place, sight, action, gain)
+
+    def _curve(self, members: Sequence[_Member], unit: float) -> _Returns:
+        """Of members that differ in the time of their decay alone, the first of which waited for the base."""
+        returns = {member.began: member.gain for member in members[1:] if member.began is not None}
+        returns[self._latest] = members[0].gain
         times = sorted(returns)
-        gains = in_units_of_best([returns[time] for time in times])
-        seen = [(time, sight) for time, sight in group[0].seen if time >= times[0]]
-        at_decision = np.interp([*(time for time, _ in seen), self._latest], times, gains)
-        for place, (_, sight) in enumerate(seen):
-            waiting = float(at_decision[place + 1 :].max() - at_decision[place])
-            for action, gain in ((self._hold, waiting), (self._cooldown, 0.0)):
-                store_contrast(self._agent, len(self._members), first, sight, action, gain)
+        return _Returns(times, in_units_of_best([returns[time] for time in times], unit))
+
+
+class _Returns(NamedTuple):
+    """The return as a function of the time of the decay, linear between those that were tried."""
+
+    times: list[float]
+    gains: list[float]
+
+    def best_at(self, times: Sequence[float]) -> float:
+        """The best of some times."""
+        return float(np.interp(times, self.times, self.gains).max())

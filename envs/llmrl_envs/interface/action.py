@@ -165,6 +165,8 @@ ACTION_TABLES: dict[str, ActionTable] = {
         ActionTable("moves", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES + _CHOICES),
         ActionTable("moves_only", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _MOVES),
         ActionTable("decay", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, (_MOVES[2], _CHOICES[-1])),
+        # Waiting with the decay, and one place up at most; the place below is for guards.
+        ActionTable("rise", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID[3:6], 1, (_MOVES[2], _CHOICES[-1], _MOVES[3])),
         ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _joint_actions()),
         ActionTable("careful", LevelUnit.RELATIVE_UPDATE, _FINE_GRID, 5, _CAREFUL),
         ActionTable("levels", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _LEVELS),

@@ -33,7 +33,7 @@ SQRT_TIMESCALE_FRACTION = 0.05
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
 
-ADDED_SETTINGS = frozenset({"earliest_cooldown", "earliest_move"})
+ADDED_SETTINGS = frozenset({"earliest_cooldown", "earliest_move", "latest_move"})
 """Settings that policies of earlier versions lack: they have the default."""
 
 _MOST_ROLLBACKS = 10**6
@@ -54,6 +54,7 @@ class ScheduleSettings:
         cooldown_progress: Share of the budget after which the level is final.
         earliest_cooldown: Share of the budget from which a job may commit to a cooldown; never before its warm-up ends.
         earliest_move: Share of the budget from which the level may move.
+        latest_move: Share of the budget after which it may not.
         smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
     """
 
@@ -64,6 +65,7 @@ class ScheduleSettings:
     cooldown_progress: float = 0.9
     earliest_cooldown: float = 0.25
     earliest_move: float = 0.0
+    latest_move: float = 1.0
     smoothing: float = 0.5
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class ScheduleSettings:
             ("cooldown_progress", "a share of the budget in [0, 1]", 0.0 <= self.cooldown_progress <= 1.0),
             ("earliest_cooldown", "a share of the budget in [0, 1]", 0.0 <= self.earliest_cooldown <= 1.0),
             ("earliest_move", "a share of the budget in [0, 1]", 0.0 <= self.earliest_move <= 1.0),
+            ("latest_move", "a share of the budget in [0, 1]", 0.0 <= self.latest_move <= 1.0),
             ("smoothing", "a weight in (0, 1]", 0.0 < self.smoothing <= 1.0),
         ):
             if not fits:
@@ -321,8 +324,9 @@ class Schedule:
         available = (target >= 0) & (target < len(self._grid))
         warm = self.step >= self.settings.warmup_steps(self.total_steps)
         late = self.step >= self.settings.earliest_cooldown * self.total_steps
-        early = self.step < self.settings.earliest_move * self.total_steps
-        available &= ~(early[:, None] & ((self._moves != 0) | (self._jumps >= 0))[None, :])
+        settings, total = self.settings, self.total_steps
+        kept = (self.step < settings.earliest_move * total) | (self.step > settings.latest_move * total)
+        available &= ~(kept[:, None] & ((self._moves != 0) | (self._jumps >= 0))[None, :])
         for choice, allowed in (
             (UpdateChoice.ROLLBACK, self.has_snapshot & (self.rollbacks_left > 0)),
             (UpdateChoice.FREEZE, np.ones(self.num_lanes, np.bool_)),

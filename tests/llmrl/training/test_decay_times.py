@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 from llmrl.config import TrainConfig
 from llmrl.policy import SchedulePolicy
 from llmrl.run_directory import read_jsonl
-from llmrl.training.decay_times import GROUP_SIZE, DecayTimes
+from llmrl.training.decay_times import PLANS, RISING_PLANS, DecayTimes, plans_of
 from llmrl.training.loop import train
 
 TABLE = action_table("decay")
 SPEC = ObservationSpec(TABLE)
 PROGRESS = SPEC.names.index("progress")
 HOLD, COOLDOWN = TABLE.names.index("hold"), TABLE.names.index("cooldown")
+GROUP_SIZE = len(PLANS)
+
+RISING_TABLE = action_table("rise")
+RISING_SPEC = ObservationSpec(RISING_TABLE)
+RISE = RISING_TABLE.names.index("one_up")
+RISING_SIZE = len(PLANS) + len(RISING_PLANS)
+WINDOW = (0.1, 0.2)
+"""Shares of the budget between which the level may rise."""
+
 DECISIONS = np.linspace(0.0, 0.95, 20)
 FIRST = 2
 """Decision from which a cooldown is available."""
@@ -103,6 +112,55 @@ def test_a_constant_base_lets_the_first_member_wait_to_the_end() -> None:
     assert max(row[1] for row in agent.rows) == pytest.approx(DECISIONS[-1])
 
 
+def play_rising(script: DecayTimes, gains: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As `play`, where levels can rise: progress at which each lane rose and began its cooldown, [2, E]."""
+    num_envs = len(gains)
+    done, none = np.full((2, num_envs), np.nan), np.zeros(num_envs, np.bool_)
+    for decision, progress in enumerate(DECISIONS):
+        obs = np.zeros((num_envs, RISING_SPEC.size), np.float32)
+        obs[:, RISING_SPEC.names.index("progress")] = progress
+        mask = np.zeros((num_envs, RISING_TABLE.num_actions), np.bool_)
+        is_free = (decision >= FIRST) & np.isnan(done[1])
+        mask[:, HOLD], mask[:, COOLDOWN] = True, is_free
+        mask[:, RISE] = is_free & np.isnan(done[0]) & (WINDOW[0] <= round(progress, 9) <= WINDOW[1])
+        mask[::RISING_SIZE, COOLDOWN:] = False
+        actions = script.act(obs, mask, explore=True)
+        assert mask[np.arange(num_envs), actions].all()
+        done[0, actions == RISE] = done[1, actions == COOLDOWN] = progress
+        last = np.full(num_envs, decision == len(DECISIONS) - 1)
+        script.observe(obs, actions, np.where(last, gains, 0.0), last, none, obs, mask, mask)
+    return done
+
+
+def test_where_levels_can_rise_four_members_do_at_once_and_decay_at_their_times() -> None:
+    agent: Any = Listener()
+    rose, began = play_rising(DecayTimes(agent, RISING_TABLE, RISING_SPEC, RISING_SIZE, "wsd_40"), np.ones(RISING_SIZE))
+    assert np.isnan(rose[: len(PLANS)]).all()
+    assert rose[len(PLANS) :] == pytest.approx(np.full(4, 0.1))
+    assert np.isnan(began[[0, len(PLANS)]]).all()
+    assert began[len(PLANS) + 1 :] == pytest.approx(np.array([0.15, 0.2, 0.4]))
+
+
+def test_rising_is_worth_the_best_time_to_come_up_there_less_beginning_now_down_here() -> None:
+    told: Any = Listener()
+    gains = np.array([0.9, 1.0, 1.2, 1.6, 2.0, 1.4, 1.0, 1.5, 2.2, 2.5])
+    _, began = play_rising(DecayTimes(told, RISING_TABLE, RISING_SPEC, RISING_SIZE, "wsd_40"), gains)
+    times, returns = [*began[1:6], 0.6], [*gains[1:6], gains[0]]
+    above = [*began[7:], 0.6], [*gains[7:], gains[6]]
+    rows = {(lane, p, action): reward for lane, p, action, reward in told.rows}
+    rises = {p: reward for (lane, p, action), reward in rows.items() if action == RISE}
+    assert {lane for lane, _, action in rows if action == RISE} == {0}
+    assert list(rises) == pytest.approx([p for p in DECISIONS if WINDOW[0] <= round(p, 9) <= WINDOW[1]])
+    for p, reward in rises.items():
+        assert reward == pytest.approx((2.5 - np.interp(p, times, returns)) / 2.5), p
+    # The one that waits up there says what waiting is worth there.
+    waits = {p: reward for (lane, p, action), reward in rows.items() if (lane, action) == (6, HOLD)}
+    assert min(waits) == pytest.approx(0.15)
+    assert waits[min(waits)] == pytest.approx((2.5 - 1.5) / 2.5)
+    last = max(waits)
+    assert waits[last] == pytest.approx((1.0 - np.interp(last, *above)) / 2.5)
+
+
 def test_several_groups_are_told_of_in_their_own_lanes() -> None:
     agent = Listener()
     script = make(agent, 2 * GROUP_SIZE)
@@ -138,7 +196,7 @@ def make_config(env: dict[str, Any] | None = None, **agent: Any) -> TrainConfig:
             },
             "agent": {"hidden_sizes": [8], "learning_starts": 10_000, "gamma": 1.0, "n_step": 1, **agent},
             "training": {
-                "decisions": 0 if agent else 60,
+                "decisions": 0 if agent else 10 * (env or {}).get("groups", GROUP_SIZE),
                 "demonstrations": 1000,
                 "demonstrator": "schedules" if agent else "decay_times",
                 "checkpoint_period_episodes": GROUP_SIZE,
@@ -150,14 +208,17 @@ def make_config(env: dict[str, Any] | None = None, **agent: Any) -> TrainConfig:
     )
 
 
-def test_a_run_collects_contrasts_and_another_learns_from_them(tmp_path: Path) -> None:
-    train(config=make_config(), output=tmp_path / "experience")
-    learned = make_config(experience=[str(tmp_path / "experience")], pretrain_updates=20, batch_size=16)
+@pytest.mark.parametrize("actions", ["decay", "rise"])
+def test_a_run_collects_contrasts_and_another_learns_from_them(actions: str, tmp_path: Path) -> None:
+    size = len(plans_of(action_table(actions)))
+    train(config=make_config({"actions": actions, "population": size, "groups": size}), output=tmp_path / "experience")
+    experience = [str(tmp_path / "experience")]
+    learned = make_config({"actions": actions}, experience=experience, pretrain_updates=20, batch_size=16)
     train(config=learned, output=tmp_path / "policy")
     told = read_jsonl(tmp_path / "policy" / "metrics.jsonl")
     assert all(row["transitions"] > 0 for row in told if row["kind"] == "experience")
     policy = SchedulePolicy.from_pretrained(tmp_path / "policy" / "policy")
-    assert policy.table == TABLE
+    assert policy.table == action_table(actions)
     assert policy.settings.earliest_cooldown == 0.05
 
 
@@ -165,6 +226,7 @@ def test_a_run_collects_contrasts_and_another_learns_from_them(tmp_path: Path) -
     ("changes", "message"),
     [
         ({"population": 12}, "population 6"),
+        ({"actions": "rise"}, "population 10"),
         ({"actions": "moves_only"}, r"env\.actions with a cooldown"),
         ({"schedule": {"base": "linear"}}, "stays at its peak"),
     ],

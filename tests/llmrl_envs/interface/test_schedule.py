@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.action import ACTION_TABLES, UpdateChoice, action_table
+from llmrl_envs.interface.action import ACTION_TABLES, DEFAULT_RELATIVE_UPDATE, UpdateChoice, action_table
 from llmrl_envs.interface.job_scale import LORA_LEVEL_SCALE
 from llmrl_envs.interface.schedule import (
     TIGHT_CLIPPING,
@@ -75,7 +75,7 @@ def test_without_warmup_the_first_step_is_at_the_peak():
 def test_settings_out_of_range_are_refused_by_name():
     bad = {
         "base": "linaer", "warmup_fraction": 1.0, "start": "gvien", "rollbacks": -1, "cooldown_progress": 1.5,
-        "smoothing": 0.0, "earliest_cooldown": 1.5, "earliest_move": -0.1,
+        "smoothing": 0.0, "earliest_cooldown": 1.5, "earliest_move": -0.1, "latest_move": 1.1,
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(UserError, match=name if name != "base" else "base schedule"):
@@ -288,8 +288,27 @@ def test_the_level_stays_until_the_settings_let_it_move(actions):
     assert moving & available(schedule)
 
 
+def test_the_level_stays_once_it_is_too_late_to_move_it():
+    schedule = build("moves", latest_move=0.2)
+    at(schedule, 20)
+    assert {"one_up", "two_down"} <= available(schedule)
+    at(schedule, 21)
+    assert available(schedule) >= {"hold", "freeze"}
+    assert not {"one_up", "two_down"} & available(schedule)
+
+
+def test_a_level_that_may_rise_by_one_place_rises_once_and_guards_go_below_the_default():
+    schedule = build("rise")
+    assert "one_up" in available(schedule)
+    do(schedule, "one_up")
+    assert schedule.level_value()[0] == pytest.approx(1.7 * DEFAULT_RELATIVE_UPDATE)
+    assert "one_up" not in available(schedule)
+    schedule.fall_back(np.array([True]))
+    assert schedule.level_value()[0] == pytest.approx(DEFAULT_RELATIVE_UPDATE / 1.7)
+
+
 def test_settings_that_earlier_versions_lack_change_an_identity_only_where_they_are_set():
-    assert not {"earliest_cooldown", "earliest_move"} & set(ScheduleSettings().identity())
+    assert not {"earliest_cooldown", "earliest_move", "latest_move"} & set(ScheduleSettings().identity())
     assert ScheduleSettings(earliest_cooldown=0.05).identity()["earliest_cooldown"] == 0.05
     assert ScheduleSettings().identity() == {
         "base": "linear", "warmup_fraction": 0.05, "start": "default", "rollbacks": 2, "cooldown_progress": 0.9,
