@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The default policy from nothing, by the sixth recipe of docs/default_policy.md, in about 40 minutes of two cores (the
+# The default policy from nothing, by the fourth recipe of docs/default_policy.md, in about 40 minutes of one core (the
 # sum of its parts):
 #
 #   scripts/train_default.sh [FOLDER]     # FOLDER: runs/default
 #
 # makes the base models and the corpora in training/, collects the experience in a run for each of EXPERIENCE (seeds,
-# default "0 1"; they go side by side, a core each), and learns one policy for each of SEEDS (default "0 1 2") in
+# default "0"; several go side by side, a core each), and learns one policy for each of SEEDS (default "0 1 2") in
 # FOLDER/seed-N/policy. What is there already is kept: a second call goes on where one was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder="${1:-runs/default}"
-read -ra seeds <<<"${EXPERIENCE:-0 1}"
+read -ra seeds <<<"${EXPERIENCE:-0}"
 
 [ -d training/corpora ] || python scripts/make_training_corpora.py --output training/corpora
 scripts/make_training_models.sh training/bases
