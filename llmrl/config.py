@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
+from llmrl_envs.interface.base_schedule import WSD_DECAY_FRACTIONS
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import WSD_DECAY_FRACTIONS, ScheduleSettings
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.task import FineTuningTask, TaskDistribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 from llmrl_envs.interface.action import UpdateChoice
+from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.guards import SPIKE_MULTIPLE
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.interface.steering import Steering, SteeringUpdate, Verdict
 from numpy.typing import NDArray

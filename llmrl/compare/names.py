@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.schedule import BASE_NAMES
+from llmrl_envs.interface.base_schedule import BASE_NAMES
 
 from llmrl.policy_reference import DEFAULT, HOLD
 

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llmrl_envs.interface.action import ActionTable, UpdateChoice
+from llmrl_envs.interface.base_schedule import WSD_DECAY_FRACTIONS, BaseName
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import WSD_DECAY_FRACTIONS, BaseName
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import Agent

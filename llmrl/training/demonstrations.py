@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from llmrl_envs.interface.action import ActionTable, UpdateChoice
+from llmrl_envs.interface.base_schedule import BaseName, base_factor
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import BaseName, ScheduleSettings, base_factor
+from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
 
 from llmrl.dqn.agent import Agent

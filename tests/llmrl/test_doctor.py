@@ -6,7 +6,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from llmrl_envs.interface.schedule import decision_intervals
+from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.saved_tensors import counted_saved_tensors
 

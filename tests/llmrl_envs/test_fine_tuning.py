@@ -10,8 +10,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning import FineTuningEnv
+from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup
-from llmrl_envs.interface.schedule import decision_intervals
 from llmrl_envs.jobs import loading
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.task import SampledTask, TaskDistribution

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.reward import RewardSpec, interval_reward
-from llmrl_envs.interface.schedule import decision_intervals
 
 
 class EpisodeAccount:

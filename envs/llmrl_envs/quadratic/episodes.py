@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
+from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings, decision_intervals
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TrainingStatistics
 from llmrl_envs.interface.steering import Steering
 from llmrl_envs.quadratic.jobs import QuadraticJobs

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from llmrl_envs.interface.schedule import BaseName, base_factor
+from llmrl_envs.interface.base_schedule import BaseName, base_factor
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.guards import SPIKE_MULTIPLE
 from llmrl_envs.interface.loss_tracker import LossTracker
-from llmrl_envs.interface.schedule import decision_intervals
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.jobs.extensions import GradientClipper, OptimizerFactory, StepRates, clip_to_limit
 from llmrl_envs.jobs.loading import Job
