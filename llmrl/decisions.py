@@ -211,6 +211,7 @@ class DecisionLoop:
         update_norm: float,
         weight_norm: float,
         label_nats: float = NOT_A_CLASSIFIER,
+        num_parameters: int = 0,
     ) -> None:
         """Starts the job.
 
@@ -219,9 +220,12 @@ class DecisionLoop:
             update_norm: ||u|| as far as it is known.
             weight_norm: ||theta||.
             label_nats: Nats in the label of an example; infinity unless the job classifies.
+            num_parameters: Of the whole model; zero where it is not known.
         """
         norms = np.array([update_norm]), np.array([weight_norm])
-        self._observation = self.steering.begin(statistics, *norms, label_nats=label_nats)
+        self._observation = self.steering.begin(
+            statistics, *norms, label_nats=label_nats, num_parameters=num_parameters
+        )
 
     @property
     def interval(self) -> int:

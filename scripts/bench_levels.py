@@ -67,7 +67,7 @@ def held_loss(
     table = dataclasses.replace(action_table("decay"), levels=(level, 2 * level), default_level=0)
     schedule = Schedule(table, np.array([job.task.steps]), np.array([1.0]), settings)
     if norm == "effective":
-        schedule.observe_job(np.array([int(job.mode)]), job.label_nats)
+        schedule.observe_job(np.array([int(job.mode)]), job.label_nats, job.loaded.num_parameters)
     update, weight = session.initial_norms()
     schedule.observe_norms(np.array([update]), np.array([weight]))
     for num_steps in decision_intervals(job.task.steps):

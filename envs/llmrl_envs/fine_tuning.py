@@ -172,7 +172,8 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         update, weight = self._session.initial_norms()
         statistics = self._session.initial_statistics()
         norms = np.array([update]), np.array([weight])
-        observation = self._steering.begin(statistics, *norms, hidden[None, :], job.label_nats)
+        size = job.loaded.num_parameters
+        observation = self._steering.begin(statistics, *norms, hidden[None, :], job.label_nats, size)
         first: NDArray[np.float32] = observation[0]
         return first
 

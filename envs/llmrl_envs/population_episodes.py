@@ -166,8 +166,17 @@ class PopulationEpisodes:
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
         )
         hidden = np.stack([new.drawn.hidden for new in begun])
-        nats = np.array([new.member.job.label_nats for new in begun])
-        return self._steering.begin_lanes(np.array(lanes), schedule, statistics, norms[:, 0], norms[:, 1], hidden, nats)
+        jobs = [new.member.job for new in begun]
+        return self._steering.begin_lanes(
+            np.array(lanes),
+            schedule,
+            statistics,
+            norms[:, 0],
+            norms[:, 1],
+            hidden,
+            label_nats=np.array([job.label_nats for job in jobs]),
+            num_parameters=np.array([job.loaded.num_parameters for job in jobs]),
+        )
 
     def _new_lane(self, drawn: DrawnJob) -> _Lane:
         sampled, spec = drawn.sampled, self._settings.reward_spec

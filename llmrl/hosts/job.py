@@ -94,7 +94,7 @@ def run_job(
         agree=context.agree if isinstance(context, AcceleratorContext) else None,
         guarded=guarded,
     )
-    loop.begin(session.initial_statistics(), *session.initial_norms(), job.label_nats)
+    loop.begin(session.initial_statistics(), *session.initial_norms(), job.label_nats, job.loaded.num_parameters)
     tell = on_decision or (lambda _: None)
     records = [] if saved is None else _resume(session, loop, saved)
     for record in records:

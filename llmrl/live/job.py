@@ -131,7 +131,7 @@ class LiveJob:
         self._limit: float
         self._frozen: bool
         self._decision: Decision
-        self._begin(int(found.mode), found.trainable_fraction, model_label_nats(model))
+        self._begin(found, model_label_nats(model))
         if self._processes.rank == 0:
             level = logging.INFO if policy.network is None else logging.WARNING
             _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
@@ -166,9 +166,9 @@ class LiveJob:
             flat_vectors=found.flat_vectors,
         )
 
-    def _begin(self, mode: int, trainable_fraction: float, label_nats: float) -> None:
+    def _begin(self, found: SteeredParameters, label_nats: float) -> None:
         statistics = empty_statistics(
-            np.array([self._options.total_steps]), np.array([mode]), np.array([trainable_fraction])
+            np.array([self._options.total_steps]), np.array([int(found.mode)]), np.array([found.trainable_fraction])
         )
         statistics = replace(statistics, step=np.array([self.step], np.int64))
         parameters = tuple(self._parameters.values())
@@ -177,7 +177,7 @@ class LiveJob:
             norms = self._recorder.initial_norms(parameters)
         agreed = self._processes.mean(torch.tensor(norms, dtype=torch.float64))
         update_norm, weight_norm = agreed.tolist()
-        self.loop.begin(statistics, update_norm, weight_norm, label_nats)
+        self.loop.begin(statistics, update_norm, weight_norm, label_nats, found.num_parameters)
         self._decide()
 
     # -- steps ----------------------------------------------------------------------------------------------------

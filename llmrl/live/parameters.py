@@ -27,6 +27,7 @@ class SteeredParameters:
         by_name: The tensors that the optimizer holds. Under DeepSpeed these are its flat float32 partitions.
         mode: Full, LoRA, or a part of the weights.
         trainable_fraction: Trained parameters over all parameters.
+        num_parameters: All parameters of the model.
         pairs: LoRA adapters.
         device: Where they are.
         flat_vectors: Trained vectors of the model that `by_name` holds within flat partitions.
@@ -35,6 +36,7 @@ class SteeredParameters:
     by_name: Mapping[str, Parameter]
     mode: TuningMode
     trainable_fraction: float
+    num_parameters: int
     pairs: tuple[LowRankPair, ...]
     device: torch.device
     flat_vectors: tuple[Parameter, ...] = ()
@@ -55,13 +57,14 @@ def find_parameters(
     """
     held = {id(p): f"group{i}.{j}" for i, g in enumerate(optimizer.param_groups) for j, p in enumerate(g["params"])}
     named = {plain_name(name): p for name, p in model.named_parameters()}
-    mode, fraction = _mode(model, distribution), _trained_share(model)
+    mode, (trained, total) = _mode(model, distribution), _sizes(model)
+    share = trained / max(total, 1)
     pairs = _checked_pairs(model, distribution)
     device = next(model.parameters()).device
     if distribution is Distribution.DEEPSPEED:
         flat = {held[id(p)]: p for g in optimizer.param_groups for p in g["params"]}
         vectors = tuple(p for p in model.parameters() if p.requires_grad and p.ndim < 2)
-        return SteeredParameters(flat, mode, fraction, (), device, vectors)
+        return SteeredParameters(flat, mode, share, total, (), device, vectors)
     by_name = {name: p for name, p in named.items() if id(p) in held}
     if not by_name or (distribution is not Distribution.SINGLE and len(by_name) < len(held)):
         raise UserError(
@@ -72,7 +75,7 @@ def find_parameters(
         )
     known = {id(p) for p in by_name.values()}
     others = {held[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) not in known}
-    return SteeredParameters(by_name | others, mode, fraction, pairs, device)
+    return SteeredParameters(by_name | others, mode, share, total, pairs, device)
 
 
 def reshard(model: nn.Module) -> None:
@@ -124,6 +127,7 @@ def _checked_pairs(model: nn.Module, distribution: Distribution) -> tuple[LowRan
     return () if distribution is Distribution.DEEPSPEED else low_rank_pairs(model)
 
 
-def _trained_share(model: nn.Module) -> float:
-    total = sum(p.numel() for p in model.parameters())
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) / max(total, 1)
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Trained parameters, and all; those that DeepSpeed has partitioned count whole."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

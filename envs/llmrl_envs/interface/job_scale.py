@@ -1,10 +1,13 @@
-"""What a level means for a job of another kind than full fine-tuning of a language model: a factor on its rates.
+"""What a level means for a job of another kind than full fine-tuning of a small language model: a factor on its rates.
 
 A level is a relative update of the weights that suits language models, whose examples hold hundreds of nats to learn
 from. The label of a class holds log(classes), and less than a nat where there are two; what is left of the gradient is
 noise, out of which Adam makes steps of the same size. So the level falls with the square root of what a label holds,
 as it does with the square root of the batch where noise rules (Malladi et al. 2022, https://arxiv.org/abs/2205.10287).
 What that is worth: docs/log.md, "Classifiers of few classes".
+
+A level was measured on models of up to a few million parameters, and no larger one bears it: beyond them it falls with
+the square root of the number of parameters; see docs/log.md, "A level that larger models bear".
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ the adapters' own norms instead (`level_norm="adapters"`, kept for comparison) g
 """
 FULL_LABEL_NATS = 4.0
 """Nats in a label from which a level means what it means for a language model: 55 classes."""
+LARGEST_LANGUAGE_MODEL, LARGEST_CLASSIFIER = 3.5e6, 15e6
+"""Parameters of the largest models on which the default level was measured."""
 NOT_A_CLASSIFIER = math.inf
 """Label nats of a job whose targets are tokens."""
 
@@ -41,12 +46,19 @@ def label_nats(num_classes: int) -> float:
     return math.log(max(num_classes, 2))
 
 
-def job_scale(mode: Integers, nats: Floats) -> Floats:
+def job_scale(mode: Integers, nats: Floats, num_parameters: Floats | float = 0.0) -> Floats:
     """Factor on the rates that a level means, float64[E].
 
     Args:
         mode: int64[E], a `TuningMode`: a level suits LoRA as it suits the rest.
         nats: float64[E], label nats; infinity for language models.
+        num_parameters: float64[E], of the whole model; zero where it is not known.
+
+    >>> job_scale(np.array([0, 0]), np.array([math.inf, math.inf]), np.array([3.5e6, 3.5e8]))
+    array([1. , 0.1])
     """
+    nats = np.asarray(nats, np.float64)
     tuned = np.where(np.asarray(mode) == TuningMode.LORA, LORA_LEVEL_SCALE, 1.0)
-    return np.asarray(tuned * np.sqrt(np.minimum(np.asarray(nats, np.float64) / FULL_LABEL_NATS, 1.0)))
+    largest = np.where(np.isfinite(nats), LARGEST_CLASSIFIER, LARGEST_LANGUAGE_MODEL)
+    size = np.sqrt(largest / np.maximum(num_parameters, largest))
+    return np.asarray(tuned * np.sqrt(np.minimum(nats / FULL_LABEL_NATS, 1.0)) * size)

@@ -184,9 +184,21 @@ class Schedule:
 
     # -- measurements ---------------------------------------------------------------------------------------------
 
-    def observe_job(self, mode: Integers, label_nats: Floats | float = NOT_A_CLASSIFIER) -> None:
-        """Takes in what the jobs train, int64[E] of `TuningMode`, and what labels hold, float64[E]; see `job_scale`."""
-        self.job_scale = job_scale(mode, np.broadcast_to(np.asarray(label_nats, np.float64), np.shape(mode)))
+    def observe_job(
+        self,
+        mode: Integers,
+        label_nats: Floats | float = NOT_A_CLASSIFIER,
+        num_parameters: Floats | float = 0.0,
+    ) -> None:
+        """Takes in what says what a level means for the jobs; see `job_scale`.
+
+        Args:
+            mode: int64[E], a `TuningMode`.
+            label_nats: float64[E], nats in the label of a classifier's example.
+            num_parameters: float64[E], of the whole model.
+        """
+        nats = np.broadcast_to(np.asarray(label_nats, np.float64), np.shape(mode))
+        self.job_scale = job_scale(mode, nats, num_parameters)
 
     def observe_norms(self, update_norm: Floats, weight_norm: Floats) -> None:
         """Takes in ||u|| and ||theta||, float64[E]; values that are not finite and positive are passed over.

@@ -74,6 +74,7 @@ class Steering:
         weight_norm: Floats,
         hidden: Booleans | None = None,
         label_nats: Floats | float = NOT_A_CLASSIFIER,
+        num_parameters: Floats | float = 0.0,
     ) -> NDArray[np.float32]:
         """The first observation, float32[E, O].
 
@@ -83,12 +84,13 @@ class Steering:
             weight_norm: float64[E], ||theta||.
             hidden: bool[E, G], feature groups to withhold.
             label_nats: float64[E], nats in the label of a classifier's example; see `job_scale`.
+            num_parameters: float64[E], of the whole model; likewise.
         """
         lanes = np.arange(self.schedule.num_lanes)
         self.encoder.reset(lanes, hidden)
         self.guard.reset(lanes)
         self.overfit.reset(lanes)
-        self.schedule.observe_job(statistics.mode, label_nats)
+        self.schedule.observe_job(statistics.mode, label_nats, num_parameters)
         self.schedule.observe_norms(update_norm, weight_norm)
         return self.encoder.encode(statistics, self.schedule)
 
@@ -101,6 +103,7 @@ class Steering:
         weight_norm: Floats,
         hidden: Booleans | None = None,
         label_nats: Floats | float = NOT_A_CLASSIFIER,
+        num_parameters: Floats | float = 0.0,
     ) -> NDArray[np.float32]:
         """Starts new jobs in some lanes while the others go on; their first observations, float32[len(lanes), O].
 
@@ -112,9 +115,10 @@ class Steering:
             weight_norm: ||theta||.
             hidden: Feature groups to withhold.
             label_nats: Nats in the label of an example.
+            num_parameters: Of the whole model.
         """
         newcomers = Steering(self.spec, fresh, guarded=self._guarded)
-        observation = newcomers.begin(statistics, update_norm, weight_norm, hidden, label_nats)
+        observation = newcomers.begin(statistics, update_norm, weight_norm, hidden, label_nats, num_parameters)
         state = self.state_dict()
         for name, value in newcomers.state_dict().items():
             state[name][lanes] = value

@@ -1,9 +1,17 @@
-"""What a level means for LoRA and for classifiers of few classes."""
+"""What a level means for LoRA, for classifiers of few classes and for larger models."""
 
 import numpy as np
 import pytest
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.job_scale import FULL_LABEL_NATS, LORA_LEVEL_SCALE, NOT_A_CLASSIFIER, job_scale, label_nats
+from llmrl_envs.interface.job_scale import (
+    FULL_LABEL_NATS,
+    LARGEST_CLASSIFIER,
+    LARGEST_LANGUAGE_MODEL,
+    LORA_LEVEL_SCALE,
+    NOT_A_CLASSIFIER,
+    job_scale,
+    label_nats,
+)
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
 from llmrl_envs.interface.statistics import TuningMode
 
@@ -24,6 +32,14 @@ def test_the_scale_falls_with_the_square_root_of_the_nats_and_is_the_higher_for_
     mode = np.array([TuningMode.FULL, TuningMode.FULL, TuningMode.FULL, TuningMode.LORA, TuningMode.LORA])
     expected = [1.0, 1.0, 0.5, LORA_LEVEL_SCALE, 0.5 * LORA_LEVEL_SCALE]
     np.testing.assert_allclose(job_scale(mode, nats), expected, rtol=1e-15)
+
+
+def test_the_scale_falls_with_the_square_root_of_the_parameters_beyond_the_largest_model_that_was_measured():
+    sizes = np.array([0.0, 1.0, 1.0, 100.0])
+    mode, nats = np.array([0, 0, 1, 1]), np.full(4, NOT_A_CLASSIFIER)
+    expected = np.array([1.0, 1.0, LORA_LEVEL_SCALE, 0.1 * LORA_LEVEL_SCALE])
+    np.testing.assert_allclose(job_scale(mode, nats, sizes * LARGEST_LANGUAGE_MODEL), expected, rtol=1e-15)
+    np.testing.assert_allclose(job_scale(mode, np.full(4, 99.0), sizes * LARGEST_CLASSIFIER), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("start", ["default", "given"])
