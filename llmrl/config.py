@@ -294,7 +294,8 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _check_groups_of_demonstrators(self) -> TrainConfig:
         name = self.training.demonstrator
-        size = {"neighbours": 7, "decay_times": 10 if self.env.actions == "rise" else 6}.get(name)
+        can_rise = action_table(self.env.actions).rise is not None
+        size = {"neighbours": 7, "decay_times": 10 if can_rise else 6}.get(name)
         if size is not None and (self.env.groups != size or self.env.population != size):
             what = "level" if name == "neighbours" else "time"
             raise ValueError(

@@ -49,15 +49,9 @@ RISING_PLANS = (Plan(1.0, rises=True), Plan(0.0, rises=True), Plan(0.2, rises=Tr
 """The first of each waits for the base."""
 
 
-def rise_of(table: ActionTable) -> int | None:
-    """The action that does nothing but raise the level by one place; None where there is none."""
-    rises = [i for i, a in enumerate(table.actions) if (a.move, a.level, a.choice) == (1, None, UpdateChoice.NONE)]
-    return rises[0] if rises else None
-
-
 def plans_of(table: ActionTable) -> tuple[Plan, ...]:
     """One for each member of a group."""
-    return PLANS if rise_of(table) is None else PLANS + RISING_PLANS
+    return PLANS if table.rise is None else PLANS + RISING_PLANS
 
 
 @dataclass
@@ -93,7 +87,7 @@ class DecayTimes(GroupScript[_Member]):
             raise ValueError(f"base: expected constant, wsd or wsd_40, got {base!r}")
         self._plans = plans_of(table)
         super().__init__(agent, num_envs, len(self._plans))
-        self._cooldown, self._hold, self._rise = cooldowns[0], table.hold, rise_of(table)
+        self._cooldown, self._hold, self._rise = cooldowns[0], table.hold, table.rise
         self._latest = 1.0 - WSD_DECAY_FRACTIONS.get(base, 0.0)
         self._progress = spec.names.index("progress")
 

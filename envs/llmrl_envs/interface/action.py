@@ -87,6 +87,12 @@ class ActionTable:
         """The index of the action that changes nothing (for absolute tables: that jumps to the default level)."""
         return self.names.index("hold")
 
+    @property
+    def rise(self) -> int | None:
+        """The index of the action that does nothing but raise the level by one place; None where there is none."""
+        found = [i for i, a in enumerate(self.actions) if (a.move, a.level, a.choice) == (1, None, UpdateChoice.NONE)]
+        return found[0] if found else None
+
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON-ready values."""
         return asdict(self)

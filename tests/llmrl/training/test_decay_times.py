@@ -208,7 +208,7 @@ def make_config(env: dict[str, Any] | None = None, **agent: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("actions", ["decay", "rise"])
+@pytest.mark.parametrize("actions", ["decay", "rise", "moves"])
 def test_a_run_collects_contrasts_and_another_learns_from_them(actions: str, tmp_path: Path) -> None:
     size = len(plans_of(action_table(actions)))
     train(config=make_config({"actions": actions, "population": size, "groups": size}), output=tmp_path / "experience")
@@ -227,7 +227,8 @@ def test_a_run_collects_contrasts_and_another_learns_from_them(actions: str, tmp
     [
         ({"population": 12}, "population 6"),
         ({"actions": "rise"}, "population 10"),
-        ({"actions": "moves_only"}, r"env\.actions with a cooldown"),
+        ({"actions": "moves"}, "population 10"),
+        ({"actions": "moves_only", "population": 10, "groups": 10}, r"env\.actions with a cooldown"),
         ({"schedule": {"base": "linear"}}, "stays at its peak"),
     ],
 )
