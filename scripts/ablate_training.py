@@ -24,6 +24,7 @@ from ablate_dqn import summary, table
 
 JOBS = ("env.population=16", "training.evaluation_period_episodes=0", "training.evaluation_episodes=16",
         "tracking.wandb=disabled")  # fmt: skip
+GRADIENTS = "gradient_*,clipped_share,skipped_share,momentum_cosine,log10_signal_to_noise"
 ROWS: dict[str, tuple[str, ...]] = {
     "base": (),
     "loss of averaged weights, half an interval": ("env.reward.average_intervals=0.5",),
@@ -47,6 +48,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "no margin": ("agent.default_action_margin=0.0",),
     "quantile head": ("agent.head=quantile",),
     "quantile head, lower half": ("agent.head=quantile", "agent.cvar_level=0.5"),
+    "no losses seen": ("agent.ignored_features=[loss_*]",),
+    "no gradients seen": (f"agent.ignored_features=[{GRADIENTS}]",),
+    "progress and level alone seen": (f"agent.ignored_features=[loss_*,log10_step_size,{GRADIENTS}]",),
+    "groups of eight jobs": ("env.groups=8",),
+    "one data order": ("env.tasks.num_seeds=1",),
 }  # fmt: skip
 
 

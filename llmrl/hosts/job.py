@@ -73,7 +73,7 @@ def run_job(
         guarded: Fall back to linear decay when the job loses too much, or its validation loss turns; off for the usual
             schedules, which run as they are.
         validate: When to measure the validation loss: "decisions" after every interval, "guard" where the guard wants
-            it, about twelve times. For the guard and the record: no policy sees it.
+            it, about twelve times; both before the first step too, for the guard. No policy sees it.
         keeps_best: Keep the best state, which rollbacks and the guard return to; without, there are no rollbacks.
         curve_points: Points of a learning curve on the validation subset, for the record only; 0 measures none.
         on_decision: Called after every interval; for those that `saved` knows at once.
@@ -99,6 +99,8 @@ def run_job(
     records = [] if saved is None else _resume(session, loop, saved)
     for record in records:
         tell(record)
+    if saved is None and validate != "never" and loop.validation_due("guard"):
+        _validate(session, loop, meter, keeps_best=keeps_best)
     while loop.decisions_left:
         record = _run_decision(session, loop, meter, validate=validate, keeps_best=keeps_best)
         records.append(record)
@@ -122,6 +124,22 @@ def _resume(session: FineTuningSession, loop: DecisionLoop, saved: JobState) -> 
     return restored_records(saved.values["records"])
 
 
+def _validate(
+    session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, *, keeps_best: bool
+) -> tuple[float, bool]:
+    """The validation loss, and whether the guard says that it has turned."""
+    found = meter.evaluate()
+    verdict = loop.validated(found.loss, found.num_targets)
+    if verdict.at_best[0] and keeps_best:
+        _mark_best(session, loop)
+    return found.loss, bool(verdict.turned[0])
+
+
+def _mark_best(session: FineTuningSession, loop: DecisionLoop) -> None:
+    session.mark_best()
+    loop.schedule.has_snapshot[:] = True
+
+
 def _run_decision(
     session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, *, validate: Validations, keeps_best: bool
 ) -> DecisionRecord:
@@ -132,15 +150,12 @@ def _run_decision(
     statistics = session.run_interval(loop.interval, loop.schedule)
     rate = loop.learning_rate(session.step - 1)
     update = loop.observe(statistics)
-    loss, at_best, fell_back, turned = math.nan, bool(update.at_best[0]), bool(update.fell_back[0]), False
+    loss, turned = math.nan, False
+    if update.at_best[0] and keeps_best:
+        _mark_best(session, loop)
     if loop.validation_due(validate):
-        found = meter.evaluate()
-        loss, verdict = found.loss, loop.validated(found.loss, found.num_targets)
-        at_best, turned = bool(verdict.at_best[0]), bool(verdict.turned[0])
-    if at_best and keeps_best:
-        session.mark_best()
-        loop.schedule.has_snapshot[:] = True
-    rescued = (fell_back or turned) and bool(loop.schedule.has_snapshot[0])
+        loss, turned = _validate(session, loop, meter, keeps_best=keeps_best)
+    rescued = (bool(update.fell_back[0]) or turned) and bool(loop.schedule.has_snapshot[0])
     if rescued:
         session.roll_back()
     record = interval_record(

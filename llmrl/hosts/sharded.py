@@ -91,7 +91,9 @@ def run_sharded_job(
     """
     under_way = _SharedJob(job, context, seed=seed, saved=saved, validate=validate, on_decision=on_decision)
     under_way.steer(policy, learning_rate=learning_rate, settings=settings, guarded=guarded, keeps_best=keeps_best)
-    if saved is not None:
+    if saved is None:
+        under_way.validate_first()
+    else:
         under_way.resume(saved)
     under_way.tell_again()
     under_way.train(checkpoints)
@@ -123,7 +125,7 @@ class _SharedJob:
         job.restore_initial_weights()
         self._job = job
         self._accelerator = context.accelerator
-        self._validate, self._on_decision = validate, on_decision
+        self._when, self._on_decision = validate, on_decision
         self._passes = JobPasses(job, seed, context, Precision(job.task.precision, job.device))
         optimizer = build_optimizer(job.loaded.trainable, job.task.optimizer)
         self._model, self._optimizer = context.prepare_sharded(job, optimizer)
@@ -160,15 +162,23 @@ class _SharedJob:
         )
 
     def _note(self, record: DecisionRecord) -> None:
-        if self._controller.job.loop.validation_due(self._validate):
-            found = self._passes.evaluate("validation")
-            self._controller.validated(found.loss, found.num_targets)
+        if self._controller.job.loop.validation_due(self._when):
+            self._validate()
             record = self._controller.records[-1]
-            self._result.tokens_evaluated += found.num_tokens
-            self._model.train()
         self._result.records.append(record)
         if self._on_decision is not None:
             self._on_decision(record)
+
+    def validate_first(self) -> None:
+        """Tells the guard the loss before the first step, where the job validates."""
+        if self._when != "never" and self._controller.job.loop.validation_due("guard"):
+            self._validate()
+
+    def _validate(self) -> None:
+        found = self._passes.evaluate("validation")
+        self._controller.validated(found.loss, found.num_targets)
+        self._result.tokens_evaluated += found.num_tokens
+        self._model.train()
 
     def resume(self, saved: JobState) -> None:
         """Takes the job to where `_state` was taken."""

@@ -84,22 +84,28 @@ class OverfitGuard:
     No train loss shows it: examples that come again are known by then. A job has turned when its validation loss stands
     above its lowest by more than the larger of two per cent of what it has gained since the first and one per cent of
     itself, or, where targets are few, the square root of the loss over their number. However often a host validates, a
-    loss counts only when a twelfth of the budget has passed since the one before, or at the job's end.
+    loss counts only when it is the first, when a twelfth of the budget has passed since the one before, or at the job's
+    end. A job whose loss is measured before its first step can be taken back to where it began.
 
     Args:
         num_lanes: Number of jobs, E.
+
+    Attributes:
+        turns: int64[E], how often a lane has turned since its loss was lowest.
     """
 
     def __init__(self, num_lanes: int) -> None:
         self.first: Floats = np.full(num_lanes, np.nan)
         self.best: Floats = np.full(num_lanes, np.inf)
         self.last_step: Integers = np.zeros(num_lanes, np.int64)
+        self.turns: Integers = np.zeros(num_lanes, np.int64)
 
     def reset(self, lanes: Integers) -> None:
         """Forgets `lanes`."""
         self.first[lanes] = np.nan
         self.best[lanes] = np.inf
         self.last_step[lanes] = 0
+        self.turns[lanes] = 0
 
     @property
     def knows(self) -> Booleans:
@@ -114,7 +120,7 @@ class OverfitGuard:
             total_steps: int64[E], budgets.
         """
         passed = step - self.last_step >= VALIDATION_PERIOD * total_steps
-        return np.asarray((step > self.last_step) & (passed | (step >= total_steps)))
+        return np.asarray(~self.knows | ((step > self.last_step) & (passed | (step >= total_steps))))
 
     def update(
         self, losses: Floats, step: Integers, total_steps: Integers, num_targets: Floats | float = np.inf
@@ -141,9 +147,10 @@ class OverfitGuard:
         error = np.sqrt(lowest / num_targets)
         tolerance = np.maximum(np.maximum(TURNED_SHARE * gain, TURNED_LOSS * lowest), error)
         turned = counts & self.knows & (losses - lowest > tolerance)
+        self.turns = np.where(at_best, 0, self.turns + turned)
         return np.asarray(at_best), np.asarray(turned)
 
-    _STATE = ("first", "best", "last_step")
+    _STATE = ("first", "best", "last_step", "turns")
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
         """Everything that changes, as arrays of leading dimension E."""

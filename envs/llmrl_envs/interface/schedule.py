@@ -342,9 +342,10 @@ class Schedule:
         """Takes lanes out of the policy's hands; those that are out already stay as they are. See `step_down`."""
         self.step_down(lanes & ~self.fallen_back)
 
-    def step_down(self, lanes: Booleans) -> None:
-        """Out of the policy's hands: linear decay from one level below the present or default one."""
-        lower = np.maximum(np.minimum(self.level, self.table.default_level) - 1, 0)
+    def step_down(self, places: Integers) -> None:
+        """Out of the policy's hands: linear decay from so many places below the present or default level, int64[E]."""
+        lanes = places > 0
+        lower = np.maximum(np.minimum(self.level, self.table.default_level) - places, 0)
         self.level = np.where(lanes, lower, self.level)
         self.cooldown_start = np.where(lanes & (self.cooldown_start < 0), self.step, self.cooldown_start)
         self.frozen &= ~lanes

@@ -149,8 +149,9 @@ class Steering:
     def validated(self, losses: Floats, num_targets: Floats | float = np.inf) -> Verdict:
         """Takes in validation losses.
 
-        A lane that has turned goes on from its best state, a level lower, in linear decay; and may turn again. No
-        policy sees these losses: what a policy observes comes with the statistics.
+        A lane that has turned goes on from its best state, a level lower, in linear decay; and may turn again: then it
+        goes down by two levels, and so on until its loss is lower than ever. No policy sees these losses: what a
+        policy observes comes with the statistics.
 
         Args:
             losses: float64[E], nats per target; NaN where none was measured.
@@ -158,7 +159,7 @@ class Steering:
         """
         measured = np.where(self._guarded, np.asarray(losses, np.float64), np.nan)
         verdict = Verdict(*self.overfit.update(measured, self.schedule.step, self.schedule.total_steps, num_targets))
-        self.schedule.step_down(verdict.turned)
+        self.schedule.step_down(np.where(verdict.turned, self.overfit.turns, 0))
         return verdict
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:

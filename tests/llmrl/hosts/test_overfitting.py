@@ -59,6 +59,26 @@ def test_a_job_that_overfits_is_taken_back_and_ends_lower(results):
     assert sum(not math.isnan(loss) for loss in guarded) <= 13
 
 
+def test_the_loss_before_the_first_step_is_measured_and_its_state_kept(job, monkeypatch):
+    """A job whose every step does harm ends where it began."""
+    spoil, kept = FineTuningSession._train_step, []
+
+    def spoilt(session, *arguments, **options):
+        spoil(session, *arguments, **options)
+        with torch.no_grad():
+            for parameter in session.job.loaded.trainable.values():
+                parameter.mul_(1.2)
+
+    monkeypatch.setattr(FineTuningSession, "_train_step", spoilt)
+    monkeypatch.setattr(FineTuningSession, "mark_best", lambda s, mark=FineTuningSession.mark_best: (
+        kept.append(s.step), mark(s)))  # fmt: skip
+    result = run(job, validate="guard")
+    assert kept == [0]
+    assert result.final == result.initial
+    assert turns(result)[0] <= 72 / 6
+    assert result.records[-1].level == pytest.approx(result.records[0].level / 1.7**4)
+
+
 def test_without_a_kept_state_only_the_rate_falls(results):
     lower = results["lower"]
     assert turns(lower)[0] == turns(results["guard"])[0]
@@ -122,6 +142,18 @@ def test_a_loop_tells_what_it_measured_and_is_taken_back(job, caplog):
     assert not torch.equal(loop.weights(), best)
 
 
+def test_a_loop_that_validates_before_its_first_step_can_return_to_it(job):
+    loop = Loop(job, snapshots="memory")
+    first = loop.weights()
+    assert loop.controller.validated(1.0) == {}
+    loop.steps(4)
+    assert loop.controller.validated(3.0) == {"fallback": True, "rollback": True}
+    assert torch.equal(loop.weights(), first)
+    assert not loop.optimizer.state
+    loop.steps(20)
+    assert not torch.equal(loop.weights(), first)
+
+
 def test_where_no_snapshot_is_kept_the_weights_stay(job):
     loop = Loop(job)
     loop.steps(4)
@@ -179,6 +211,16 @@ def test_a_trainers_evaluations_are_what_the_guard_sees(make_trainer):
     assert sum(row.get("llmrl/event_fallback", 0.0) for row in trainer.state.log_history) == 1.0
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert rates[12] < rates[11] / 1.6
+
+
+def test_a_trainer_that_evaluates_before_its_first_step_can_return_to_it(make_trainer):
+    callback = ScheduleCallback("hold", snapshots="memory")
+    trainer = make(make_trainer, callback, losses=[1.0, 3.0, 2.5, 2.0, 1.9, 1.8, 1.7], eval_on_start=True)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    events = [(record.step, record.events) for record in callback.controller.records if record.events]
+    assert events == [(step, {"fallback": True, "rollback": True}) for step in (4, 8, 12, 16, 20, 24)]
+    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(("mode", "rescued"), [("full", False), ("lora", True)])

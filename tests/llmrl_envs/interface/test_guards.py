@@ -127,9 +127,24 @@ def test_a_job_may_turn_again_and_be_at_its_best_again():
 
 
 def test_however_often_it_is_measured_a_twelfth_of_the_budget_passes_between_two_that_count():
+    found = validate(OverfitGuard(1), [3.0, 2.9, 2.0, 2.5, 2.5, 2.6], every=5, first=5)
+    assert found == [(True, False), (False, False), (True, False), (False, False), (False, True), (False, False)]
+
+
+def test_the_first_loss_counts_before_the_first_step_too():
     guard = OverfitGuard(1)
-    found = validate(guard, [3.0, 2.9, 2.0, 2.5, 2.5, 2.6], every=5, first=5)
-    assert found == [(False, False), (True, False), (False, False), (True, False), (False, False), (False, True)]
+    assert guard.due(np.array([0]), BUDGET)[0]
+    assert validate(guard, [1.5, 1.6], first=0) == [(True, False), (False, True)]
+    assert (guard.first[0], guard.best[0]) == (1.5, 1.5)
+
+
+def test_turns_are_counted_until_the_loss_is_lower_than_ever():
+    guard = OverfitGuard(1)
+    counts = []
+    for place, loss in enumerate([3.0, 2.0, 2.5, 2.01, 2.5, 1.9, 2.5]):
+        validate(guard, [loss], first=10 * (place + 1))
+        counts.append(int(guard.turns[0]))
+    assert counts == [0, 0, 1, 1, 2, 0, 1]
 
 
 def test_at_the_end_of_the_job_it_always_counts():
@@ -155,10 +170,12 @@ def test_a_loss_that_was_not_measured_says_nothing_and_one_that_is_infinite_turn
 
 def test_lanes_are_judged_and_forgotten_one_by_one():
     guard, steps, budgets = OverfitGuard(2), np.array([10, 10]), np.array([120, 1200])
-    guard.update(np.array([3.0, 3.0]), steps, budgets)
+    guard.update(np.array([3.0, np.nan]), steps, budgets)
     assert guard.knows.tolist() == [True, False]
-    guard.update(np.array([2.0, 2.0]), steps * 20, budgets)
+    guard.update(np.array([4.0, 2.0]), steps * 2, budgets)
+    assert (guard.knows.tolist(), guard.turns.tolist()) == ([True, True], [1, 0])
     guard.reset(np.array([0]))
+    assert guard.turns.tolist() == [0, 0]
     at_best, turned = guard.update(np.array([2.5, 2.5]), steps * 40, budgets)
     assert at_best.tolist() == [True, False]
     assert turned.tolist() == [False, True]

@@ -384,8 +384,12 @@ def test_falling_back_decays_linearly_from_one_level_below_the_present_or_defaul
     at(schedule, 60)
     schedule.fall_back(np.array([True]))
     assert rate(schedule, 60) == pytest.approx(start / 2)
-    schedule.step_down(np.array([True]))
+    schedule.step_down(np.array([0]))
+    assert rate(schedule, 60) == pytest.approx(start / 2)
+    schedule.step_down(np.array([1]))
     assert rate(schedule, 60) == pytest.approx(start / 2 / 1.7)
+    schedule.step_down(np.array([9]))
+    assert schedule.level[0] == 0
 
 
 # -- many lanes -----------------------------------------------------------------------------------------------------

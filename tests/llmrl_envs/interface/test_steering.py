@@ -119,9 +119,26 @@ def test_a_job_whose_validation_loss_turns_goes_on_lower_and_may_go_lower_still(
     found = run_validated(steering, make_statistics, [3.0, 2.0, 2.5, 2.5])
     assert [turned for _, turned, _ in found] == [False, False, True, True]
     assert [at_best for at_best, _, _ in found] == [True, True, False, False]
-    assert steering.schedule.level[0] == level - 2
+    assert steering.schedule.level[0] == level - 3  # by one, and then by two
     assert steering.schedule.fallen_back[0]
     assert steering.schedule.cooldown_start[0] == 60
+
+
+def test_a_job_that_was_at_its_best_again_goes_down_by_one_level_again(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    level = steering.schedule.level[0]
+    run_validated(steering, make_statistics, [3.0, 2.0, 2.5, 1.9, 2.5])
+    assert steering.schedule.level[0] == level - 2
+
+
+def test_a_job_that_never_was_better_than_before_its_first_step_is_taken_back_to_it(make_statistics):
+    steering = new_steering()
+    begin(steering, make_statistics)
+    assert steering.wants_validation[0]
+    assert steering.validated(np.array([1.5])).at_best[0]
+    found = run_validated(steering, make_statistics, [1.6, 1.7, 1.4])
+    assert [(at_best, turned) for at_best, turned, _ in found] == [(False, True), (False, True), (True, False)]
 
 
 def test_a_job_that_validates_says_by_that_loss_alone_which_state_is_best(make_statistics):
