@@ -340,7 +340,7 @@ class Schedule:
 
     def fall_back(self, lanes: Booleans) -> None:
         """Takes lanes out of the policy's hands; those that are out already stay as they are. See `step_down`."""
-        self.step_down(lanes & ~self.fallen_back)
+        self.step_down((lanes & ~self.fallen_back).astype(np.int64))
 
     def step_down(self, places: Integers) -> None:
         """Out of the policy's hands: linear decay from so many places below the present or default level, int64[E]."""
