@@ -25,6 +25,7 @@ from ablate_dqn import summary, table
 JOBS = ("env.population=16", "training.evaluation_period_episodes=0", "training.evaluation_episodes=16",
         "tracking.wandb=disabled")  # fmt: skip
 GRADIENTS = "gradient_*,clipped_share,skipped_share,momentum_cosine,log10_signal_to_noise"
+STANDARDISED = "agent.normalize_obs=true"
 ROWS: dict[str, tuple[str, ...]] = {
     "base": (),
     "loss of averaged weights, half an interval": ("env.reward.average_intervals=0.5",),
@@ -48,9 +49,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "no margin": ("agent.default_action_margin=0.0",),
     "quantile head": ("agent.head=quantile",),
     "quantile head, lower half": ("agent.head=quantile", "agent.cvar_level=0.5"),
-    "no losses seen": ("agent.ignored_features=[loss_*]",),
-    "no gradients seen": (f"agent.ignored_features=[{GRADIENTS}]",),
-    "progress and level alone seen": (f"agent.ignored_features=[loss_*,log10_step_size,{GRADIENTS}]",),
+    "standardised observations": (STANDARDISED,),
+    "the same, no losses seen": (STANDARDISED, "agent.ignored_features=[loss_*]"),
+    "the same, no gradients seen": (STANDARDISED, f"agent.ignored_features=[{GRADIENTS}]"),
+    "the same, no measurements seen": (STANDARDISED, f"agent.ignored_features=[loss_*,log10_step_size,{GRADIENTS}]"),
     "groups of eight jobs": ("env.groups=8",),
     "one data order": ("env.tasks.num_seeds=1",),
 }  # fmt: skip
@@ -62,12 +64,14 @@ def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> di
     if not results.is_file():
         command = [sys.executable, "-m", "llmrl", "train", "--config", str(config), "--output", str(folder)]
         resume = ["--resume"] if folder.is_dir() else []
-        subprocess.run(
+        done = subprocess.run(
             [*command, *resume, f"seed={seed}", *JOBS, *changes],
-            check=True,
+            check=False,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said what was wrong
     found = json.loads(results.read_text(encoding="utf-8"))["provenance"]["results"]
     return {"return": found["score"], "hold": found["hold_score"], "diverged": found["diverged"]}
 
