@@ -22,6 +22,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 
 from llmrl.compare.names import METHOD_NAMES
 from llmrl.dqn.config import FLAGS_READ, PRESETS, DQNConfig, PresetName
+from llmrl.policy_reference import HoldsOn
 
 FINE_TUNING_ID = "llmrl/FineTuning-v0"
 NOISY_QUADRATIC_ID = "llmrl/NoisyQuadratic-v0"
@@ -240,14 +241,15 @@ class TrainingConfig(Settings):
         evaluation_episodes: Episodes of one evaluation.
         process_timeout_seconds: Where several processes learn together, how long they wait for one that does not come;
             longer than an evaluation takes, for which the others wait. One that is gone is noticed at once.
-        holds_on: Objectives at which the policy holds when it steers real jobs: where validation tasks say that it does
-            harm. Training and its evaluation do not look at it.
+        holds_on: Jobs on which the policy holds when it steers real ones: where validation tasks say that it does harm.
+            "classification", or "larger_models" than the default level was measured on, 3.5 million parameters.
+            Training and its evaluation do not look at it.
     """
 
     decisions: int = Field(default=20_000, ge=0)
     demonstrations: int = Field(default=0, ge=0)
     demonstrator: Literal["schedules", "neighbours", "decay_times"] = "schedules"
-    holds_on: tuple[Literal["classification"], ...] = ()
+    holds_on: tuple[HoldsOn, ...] = ()
     checkpoint_period_episodes: int = Field(default=20, ge=1)
     evaluation_period_episodes: int = Field(default=50, ge=0)
     evaluation_episodes: int = Field(default=8, ge=1)

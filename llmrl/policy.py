@@ -13,11 +13,12 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from llmrl_envs.errors import UserError
+from llmrl_envs.interface import job_scale
 from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
@@ -27,16 +28,22 @@ from torch import nn
 from llmrl.policy_card import policy_card
 from llmrl.policy_decision import PolicyDecision, check_observation, finite_values, greedy_decision, hold_decision
 from llmrl.policy_hub import upload_policy_folder
-from llmrl.policy_reference import CARD_FILE, CONFIG_FILE, DEFAULT, HOLD, WEIGHTS_FILE, locate_policy, shortened
+from llmrl.policy_reference import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DEFAULT,
+    HOLD,
+    WEIGHTS_FILE,
+    HoldsOn,
+    locate_policy,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from llmrl.dqn.networks import QNetwork
 
-HoldsOn = Literal["classification"]
-
 __all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy", "is_classifier"]
 
-CLASSIFICATION = "classification"
 _CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 
 
@@ -49,7 +56,7 @@ class SchedulePolicy:
         settings: The schedule that the actions were learned with.
         network: The Q-network; None holds.
         provenance: What the policy was trained on, JSON-ready.
-        holds_on: Objectives that it was found to do harm at, so that it holds there: "classification".
+        holds_on: Jobs that it was found to do harm on, so that it holds there; see `for_model`.
 
     Attributes:
         reference: What it was loaded by; its name where it was made here.
@@ -96,8 +103,14 @@ class SchedulePolicy:
         return found.hexdigest()[:16]
 
     def for_model(self, model: nn.Module) -> SchedulePolicy:
-        """This policy; *hold* under its name where `holds_on` names what the model is trained for."""
-        if CLASSIFICATION not in self.holds_on or not is_classifier(model):
+        """This policy; *hold* under its name where `holds_on` says so.
+
+        Args:
+            model: "classification" are models with a head for classes, "larger_models" those of more parameters than
+                the language models that the default level was measured on.
+        """
+        kinds: dict[HoldsOn, bool] = {"classification": is_classifier(model), "larger_models": is_larger(model)}
+        if not any(kinds[name] for name in self.holds_on):
             return self
         holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), None, {"name": self.name})
         holding.reference, holding.folder = self.reference, self.folder
@@ -198,6 +211,11 @@ class SchedulePolicy:
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model of transformers, wrapped or not, ends in a head for classes in place of one for tokens."""
     return any(_CLASSIFIER.search(type(module).__name__) for module in model.modules())
+
+
+def is_larger(model: nn.Module) -> bool:
+    """Whether a model has more parameters than any that the default level was measured on."""
+    return sum(parameter.numel() for parameter in model.parameters()) > job_scale.LARGEST_LANGUAGE_MODEL
 
 
 def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves") -> SchedulePolicy:

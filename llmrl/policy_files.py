@@ -24,7 +24,7 @@ from llmrl_envs.interface.observation import OBSERVATION_VERSION, ObservationSpe
 from llmrl_envs.interface.schedule import ADDED_SETTINGS, ScheduleSettings
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from llmrl.policy_reference import CONFIG_FILE, WEIGHTS_FILE, shortened
+from llmrl.policy_reference import CONFIG_FILE, WEIGHTS_FILE, HoldsOn, shortened
 
 SCHEMA_VERSION = 1
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -50,7 +50,7 @@ class PolicyConfig(BaseModel):
         observation_hash: Its digest.
         schedule: Arguments of the `ScheduleSettings` that the actions were learned with.
         provenance: What the policy was trained on, and its results.
-        holds_on: Objectives at which it holds.
+        holds_on: Jobs on which it holds; see `SchedulePolicy.for_model`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -63,7 +63,7 @@ class PolicyConfig(BaseModel):
     observation_hash: str
     schedule: dict[str, Any]
     provenance: dict[str, Any] = Field(default_factory=dict)
-    holds_on: list[Literal["classification"]] = Field(default_factory=list)
+    holds_on: list[HoldsOn] = Field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

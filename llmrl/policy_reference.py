@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from llmrl_envs.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 HOLD, DEFAULT = "hold", "default"
+HoldsOn = Literal["classification", "larger_models"]
+"""Jobs that a policy may be told to hold on: see `SchedulePolicy.for_model`."""
 WANDB_PREFIX = "wandb:"
 FORMS = "a folder, a Hub id (owner/name), wandb:entity/project/name:alias, 'default' or 'hold'"
 

@@ -136,7 +136,7 @@ class LiveJob:
             level = logging.INFO if policy.network is None else logging.WARNING
             _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
             if policy.network is not None and self.loop.policy.network is None:
-                _LOGGER.warning("llmrl: %s holds on classification", policy.name)
+                _LOGGER.warning("llmrl: %s holds on such models: %s", policy.name, ", ".join(policy.holds_on))
 
     def _make_loop(self, policy: SchedulePolicy) -> DecisionLoop:
         options = self._options

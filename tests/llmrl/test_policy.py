@@ -367,6 +367,22 @@ def test_a_policy_holds_where_it_says_that_it_does_harm(tmp_path: Path, wrapped:
     assert "holds there" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_policy_holds_on_larger_models_where_it_says_so(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model: nn.Module = BertForMaskedLM(BertConfig(vocab_size=16, **sizes))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if wrapped:
+        model = nn.Sequential(model)
+    policy = make_policy()
+    careful = SchedulePolicy(policy.table, policy.spec, policy.settings, policy.network, None, ["larger_models"])
+    for largest, holds in ((size, False), (size - 1, True)):
+        monkeypatch.setattr("llmrl_envs.interface.job_scale.LARGEST_LANGUAGE_MODEL", largest)
+        assert (careful.for_model(model).network is None) == holds
+        assert policy.for_model(model) is policy
+    assert "harm on larger models" in careful.card()
+
+
 # -- what a stranger could put into a folder --------------------------------------------------------------------------
 
 
