@@ -274,6 +274,10 @@ class DecisionLoop:
         """Whether a host that validates `when` is to measure the loss after this interval; see `OverfitGuard`."""
         return when == "decisions" or (when == "guard" and bool(self.steering.wants_validation[0]))
 
+    def validates_first(self, when: Validations) -> bool:
+        """Whether a host that validates `when` is to measure the loss before the first step as well: for the guard."""
+        return when != "never" and bool(self.steering.wants_validation[0])
+
     def validated(self, loss: float, num_targets: int | None = None) -> Verdict:
         """Takes in a validation loss, nats per target, that the host has measured after `observe`; see `Steering`."""
         count = math.inf if num_targets is None else max(num_targets, 1)

@@ -102,14 +102,18 @@ class SchedulePolicy:
                 found.update(value.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()[:16]
 
-    def for_model(self, model: nn.Module) -> SchedulePolicy:
+    def for_model(self, model: nn.Module, num_parameters: int) -> SchedulePolicy:
         """This policy; *hold* under its name where `holds_on` says so.
 
         Args:
-            model: "classification" are models with a head for classes, "larger_models" those of more parameters than
-                the language models that the default level was measured on.
+            model: "classification" are models with a head for classes.
+            num_parameters: Of the whole model. "larger_models" have more than the language models that the default
+                level was measured on.
         """
-        kinds: dict[HoldsOn, bool] = {"classification": is_classifier(model), "larger_models": is_larger(model)}
+        kinds: dict[HoldsOn, bool] = {
+            "classification": is_classifier(model),
+            "larger_models": num_parameters > job_scale.LARGEST_LANGUAGE_MODEL,
+        }
         if not any(kinds[name] for name in self.holds_on):
             return self
         holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), None, {"name": self.name})
@@ -211,11 +215,6 @@ class SchedulePolicy:
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model of transformers, wrapped or not, ends in a head for classes in place of one for tokens."""
     return any(_CLASSIFIER.search(type(module).__name__) for module in model.modules())
-
-
-def is_larger(model: nn.Module) -> bool:
-    """Whether a model has more parameters than any that the default level was measured on."""
-    return sum(parameter.numel() for parameter in model.parameters()) > job_scale.LARGEST_LANGUAGE_MODEL
 
 
 def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves") -> SchedulePolicy:

@@ -70,8 +70,7 @@ def run_job(
         seed: Data order and dropout.
         settings: Schedule settings; None takes the policy's.
         parallel: The processes that share the job.
-        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns; off for the usual
-            schedules, which run as they are.
+        guarded: Fall back when the job loses too much, or its validation loss turns; off for the usual schedules.
         validate: When to measure the validation loss: "decisions" after every interval, "guard" where the guard wants
             it, about twelve times; both before the first step too, for the guard. No policy sees it.
         keeps_best: Keep the best state, which rollbacks and the guard return to; without, there are no rollbacks.
@@ -86,7 +85,7 @@ def run_job(
     session = FineTuningSession(job, seed=seed, parallel=context)
     meter = JobMeter(session, curve_points, None if saved is None else saved.values["meter"])
     loop = DecisionLoop(
-        policy.for_model(job.loaded.model),
+        policy.for_model(job.loaded.model, job.loaded.num_parameters),
         total_steps=session.total_steps,
         given_rate=learning_rate,
         settings=settings,
@@ -96,10 +95,8 @@ def run_job(
     )
     loop.begin(session.initial_statistics(), *session.initial_norms(), job.label_nats, job.loaded.num_parameters)
     tell = on_decision or (lambda _: None)
-    records = [] if saved is None else _resume(session, loop, saved)
-    for record in records:
-        tell(record)
-    if saved is None and validate != "never" and loop.validation_due("guard"):
+    records = [] if saved is None else _resume(session, loop, saved, tell)
+    if saved is None and loop.validates_first(validate):
         _validate(session, loop, meter, keeps_best=keeps_best)
     while loop.decisions_left:
         record = _run_decision(session, loop, meter, validate=validate, keeps_best=keeps_best)
@@ -117,11 +114,16 @@ def _state(session: FineTuningSession, loop: DecisionLoop, meter: JobMeter, reco
     return replace(state, values=state.values | parts)
 
 
-def _resume(session: FineTuningSession, loop: DecisionLoop, saved: JobState) -> list[DecisionRecord]:
-    """Takes a job to where its checkpoint was written; returns the records until then."""
+def _resume(
+    session: FineTuningSession, loop: DecisionLoop, saved: JobState, tell: Callable[[DecisionRecord], None]
+) -> list[DecisionRecord]:
+    """Takes a job to where its checkpoint was written; tells and returns the records until then."""
     restore_session(session, saved)
     loop.load_state_dict(saved.values["loop"])
-    return restored_records(saved.values["records"])
+    records = restored_records(saved.values["records"])
+    for record in records:
+        tell(record)
+    return records
 
 
 def _validate(

@@ -171,7 +171,7 @@ class _SharedJob:
 
     def validate_first(self) -> None:
         """Tells the guard the loss before the first step, where the job validates."""
-        if self._when != "never" and self._controller.job.loop.validation_due("guard"):
+        if self._controller.job.loop.validates_first(self._when):
             self._validate()
 
     def _validate(self) -> None:

@@ -119,7 +119,7 @@ class LiveJob:
             max_grad_norm=options.max_grad_norm,
             keeps_snapshots=self._keeps_snapshots,
         )
-        self.loop = self._make_loop(policy.for_model(model))
+        self.loop = self._make_loop(policy.for_model(model, found.num_parameters))
         self._recorder = self._make_recorder(found)
         path = options.snapshot_path
         self._snapshot = Snapshot(path and path.with_name(f"{path.name}-{self._processes.rank}.safetensors"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, action_table
+from llmrl_envs.interface.job_scale import LARGEST_LANGUAGE_MODEL
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from safetensors import safe_open
@@ -356,30 +357,25 @@ def test_a_policy_holds_where_it_says_that_it_does_harm(tmp_path: Path, wrapped:
         {"name": "careful"},
         ["classification"],
     )
-    assert everywhere.for_model(classifier) is everywhere
-    assert careful.for_model(speaker) is careful
+    assert everywhere.for_model(classifier, 100) is everywhere
+    assert careful.for_model(speaker, 100) is careful
     careful.save_pretrained(tmp_path)
     read = SchedulePolicy.from_pretrained(tmp_path)
     assert read.digest == careful.digest
     assert read.digest != everywhere.digest
-    holding = read.for_model(classifier)
+    holding = read.for_model(classifier, 100)
     assert (holding.network, holding.settings, holding.name) == (None, ScheduleSettings(), "careful")
     assert "holds there" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_policy_holds_on_larger_models_where_it_says_so(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+def test_a_policy_holds_on_larger_models_where_it_says_so() -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model: nn.Module = BertForMaskedLM(BertConfig(vocab_size=16, **sizes))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    if wrapped:
-        model = nn.Sequential(model)
-    policy = make_policy()
+    model = BertForMaskedLM(BertConfig(vocab_size=16, **sizes))
+    policy, largest = make_policy(), int(LARGEST_LANGUAGE_MODEL)
     careful = SchedulePolicy(policy.table, policy.spec, policy.settings, policy.network, None, ["larger_models"])
-    for largest, holds in ((size, False), (size - 1, True)):
-        monkeypatch.setattr("llmrl_envs.interface.job_scale.LARGEST_LANGUAGE_MODEL", largest)
-        assert (careful.for_model(model).network is None) == holds
-        assert policy.for_model(model) is policy
+    assert careful.for_model(model, largest) is careful
+    assert careful.for_model(model, largest + 1).network is None
+    assert policy.for_model(model, largest + 1) is policy
     assert "harm on larger models" in careful.card()
 
 

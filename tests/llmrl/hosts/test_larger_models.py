@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llmrl import ScheduleController
 from llmrl.hosts.job import run_job
-from llmrl.policy import hold_policy
+from llmrl.policy import SchedulePolicy, hold_policy
 
 
 def of_loop(library, task):
@@ -50,3 +50,18 @@ def test_a_model_four_times_as_large_as_any_that_was_measured_gets_half_the_rate
     size = library.job(task).loaded.num_parameters
     monkeypatch.setattr(job_scale, "LARGEST_LANGUAGE_MODEL", size / 4)
     np.testing.assert_allclose(host(library, task), usual / 2, rtol=0.02)
+
+
+@pytest.mark.parametrize(("largest", "holds"), [(1.0, True), (1e9, False)])
+def test_the_default_policy_holds_on_a_larger_model_in_every_host(library, task_settings, monkeypatch, largest, holds):
+    from llmrl_envs.jobs.task import FineTuningTask
+
+    monkeypatch.setattr(job_scale, "LARGEST_LANGUAGE_MODEL", largest)
+    policy = SchedulePolicy.from_pretrained("default")
+    controller = ScheduleController(policy)
+    model = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    controller.attach(model, torch.optim.AdamW(model.parameters(), lr=1e-5), total_steps=24)
+    assert (controller.job.loop.policy.network is None) == holds
+    job = library.job(FineTuningTask.model_validate(task_settings))
+    records = run_job(job, policy, learning_rate=1e-5, seed=3).records
+    assert all(np.isnan(record.decision.q_values).all() == holds for record in records)
