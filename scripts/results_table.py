@@ -13,34 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from results_targets import LINEAR, TARGETS, NotMeasuredError, Results, Target, with_interval
+
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 REGIMES = {"default": "usual rate", "wrong": "wrong rate", "tuned": "tuned rate", "stress": "stress"}
-POLICY, HOLD, LINEAR = "policy", "hold", "linear"
-RIVALS = ("linear", "cosine", "greedy", "plateau", "schedule_free", "prodigy", "zclip")
-
-Results = Mapping[str, Any]
-
-
-class NotMeasuredError(Exception):
-    """The comparison lacks what a target is about."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target: what is asked, and how a comparison answers.
-
-    Attributes:
-        asks: In words.
-        measure: Gives what was found, in words, and whether that is enough.
-    """
-
-    asks: str
-    measure: Callable[[Results], tuple[str, bool]]
 
 
 def results_section(results: Results, source: str) -> str:
@@ -72,21 +52,11 @@ def _units(seeds: Sequence[int]) -> str:
     return "seeds within tasks" if len(seeds) > 1 else "tasks"
 
 
-def _interval(told: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The interval over seeds within tasks, or where there is none that over tasks."""
-    for low, high in (("ci_low", "ci_high"), ("task_ci_low", "task_ci_high")):
-        if told.get(low) is not None:
-            return told[low], told[high]
-    return None
-
-
 def _cell(told: Mapping[str, Any] | None, *, is_linear: bool) -> str:
     if told is None or told["iqm"] is None:
         return ""
-    bounds = _interval(told)
-    interval = "" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]"
     better = told.get("probability_of_improvement")
-    return f"{told['iqm']:.2f}{interval}" + ("" if better is None or is_linear else f" ({better:.0%})")
+    return with_interval(told["iqm"], told) + ("" if better is None or is_linear else f" ({better:.0%})")
 
 
 def _target_row(target: Target, results: Results) -> str:
@@ -95,75 +65,6 @@ def _target_row(target: Target, results: Results) -> str:
     except NotMeasuredError as error:
         return f"| {target.asks} | not measured: {error} | |"
     return f"| {target.asks} | {found} | {'yes' if met else '**no**'} |"
-
-
-# ---------------------------------------------------------------------------------------------------------- targets
-
-
-def _at(results: Results, *path: str) -> Any:
-    value: Any = results
-    for key in path:
-        if not isinstance(value, Mapping) or value.get(key) is None:
-            raise NotMeasuredError(" ".join(path))
-        value = value[key]
-    return value
-
-
-def _bounds(told: Mapping[str, Any]) -> tuple[float, float]:
-    bounds = _interval(told)
-    if bounds is None:
-        raise NotMeasuredError("an interval")
-    return bounds
-
-
-def _score_at_wrong_rates(results: Results) -> tuple[str, bool]:
-    told = _at(results, "aggregate", POLICY, "wrong")
-    score = _at(told, "iqm")
-    return _cell(told, is_linear=True), score >= 1.0
-
-
-def _advantage(other: str, regime: str, least: float) -> Callable[[Results], tuple[str, bool]]:
-    """The policy's paired advantage in score; the low end of its interval has to be above `least`."""
-
-    def measure(results: Results) -> tuple[str, bool]:
-        told = _at(results, "paired", "regimes", regime, other, "iqm")
-        value, (low, high) = _at(told, "value"), _bounds(told)
-        return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]", low > least
-
-    return measure
-
-
-def _better_than_rivals(results: Results) -> tuple[str, bool]:
-    told = _at(results, "improvement", "wrong", POLICY)
-    there = [name for name in RIVALS if name in told]
-    if len(there) < len(RIVALS):
-        raise NotMeasuredError(", ".join(name for name in RIVALS if name not in told))
-    hardest = min(there, key=lambda name: _bounds(told[name]))
-    low, high = _bounds(told[hardest])
-    return f"hardest is {hardest}: {told[hardest]['probability']:.2f} [{low:.2f}, {high:.2f}]", low > 0.75
-
-
-def _fewer_failures(results: Results) -> tuple[str, bool]:
-    own, theirs = (_at(results, "aggregate", name, "stress", "failures") for name in (POLICY, "zclip"))
-    return f"{own} against {theirs}", 3 * own <= theirs
-
-
-def _no_worse_than_linear(results: Results) -> tuple[str, bool]:
-    worst = _at(results, "paired", "regimes", "stress", LINEAR, "worst")
-    return f"{worst:+.3f}", worst >= -0.02
-
-
-TARGETS = (
-    Target("wrong rate: score of at least 1.00", _score_at_wrong_rates),
-    Target("wrong rate: above hold, interval above zero", _advantage(HOLD, "wrong", 0.0)),
-    Target("wrong rate: better than each usual schedule in more than 0.75 of starts (low end)", _better_than_rivals),
-    Target("tuned rate: at most 0.01 below linear decay (low end)", _advantage(LINEAR, "tuned", -0.01)),
-    Target(
-        "wrong rate: not below a search of 5 trials, for a fifth of its compute", _advantage("search_5", "wrong", -0.01)
-    ),
-    Target("stress: at most a third of the failures of ZClip with linear decay", _fewer_failures),
-    Target("stress: no run more than 0.02 below linear decay", _no_worse_than_linear),
-)
 
 
 def replace_between(text: str, section: str) -> str:

@@ -2,14 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from llmrl.config_loading import load_config
+
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "results_table.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+try:
+    import results_table
+    import results_targets
+finally:
+    sys.path.pop(0)
 
 
 def entry(iqm, low, high, failures, better=None):
@@ -43,17 +51,42 @@ RESULTS = {
 }
 
 
+TRANSFER = "the first three again, "
+LARGER, LONGER = TRANSFER + "models three times larger", TRANSFER + "budgets three times longer"
+
+
+def whole_results(scores, methods=("policy", "hold", *RIVALS)):
+    """Two tasks of a larger model, one of them long; `scores` are the policy's, everybody else has 0.9."""
+    rows, tasks = [], []
+    for name, score in scores.items():
+        long = name == "long"
+        tasks.append({"name": name, "model": "/m/stories3m-hf", "steps": 480 if long else 80, "mode": "full"})
+        for method in methods:
+            own = score if method == "policy" else 0.9
+            rows.append(
+                {
+                    "task": name, "method": method, "regime": "wrong", "seed": 0, "learning_rate_factor": 0.1,
+                    "score": own, "loss_test": 2.0 - own, "diverged": False, "accuracy_test": None,
+                    "target_reached": None, "cost": 1.0,
+                }
+            )  # fmt: skip
+    return {**RESULTS, "rows": rows, "settings": {"tasks": tasks}}
+
+
+def target_line(readme, beginning):
+    return next(line for line in readme.read_text().split("\n") if line.startswith(f"| {beginning}"))
+
+
 def write(tmp_path, results, text="# Title\n<!-- results -->\nold\n<!-- end of results -->\nrest\n"):
     readme, source = tmp_path / "README.md", tmp_path / "results.json"
     readme.write_text(text)
     source.write_text(json.dumps(results))
-    command = [sys.executable, str(SCRIPT), str(source), "--readme", str(readme)]
-    return subprocess.run(command, capture_output=True, text=True), readme
+    return results_table.main([str(source), "--readme", str(readme)]), readme
 
 
 def test_the_table_has_a_row_for_every_method_and_target(tmp_path):
-    found, readme = write(tmp_path, RESULTS)
-    assert found.returncode == 0, found.stderr
+    code, readme = write(tmp_path, RESULTS)
+    assert code == 0
     told = readme.read_text()
     assert told.startswith("# Title\n<!-- results -->\n2 tasks, 3 seeds")
     assert told.endswith("<!-- end of results -->\nrest\n")
@@ -67,6 +100,42 @@ def test_the_table_has_a_row_for_every_method_and_target(tmp_path):
     assert "not measured: paired regimes tuned" in told
 
 
+def test_transfer_asks_all_three_questions_of_some_tasks(tmp_path):
+    code, readme = write(tmp_path, whole_results({"short": 1.2, "long": 1.1}))
+    assert code == 0
+    line = target_line(readme, LARGER)
+    assert "2 tasks: 1.15 [1.10, 1.20]; above hold +0.250 [+0.200, +0.300]; hardest is linear: 1.00" in line
+    assert line.endswith("| yes |")
+
+
+def test_transfer_is_missed_where_one_question_is(tmp_path):
+    _, readme = write(tmp_path, whole_results({"short": 1.2, "long": 0.8}))
+    assert target_line(readme, LARGER).endswith("| **no** |")
+
+
+def test_transfer_says_what_was_not_measured(tmp_path):
+    _, readme = write(tmp_path, whole_results({"short": 1.2, "long": 1.1}, ("policy", "hold", "linear")))
+    assert "not measured: cosine, greedy, plateau" in target_line(readme, LARGER)
+    _, readme = write(tmp_path, whole_results({"short": 1.2}))
+    assert "not measured: such tasks" in target_line(readme, LONGER)
+    assert "not measured: such tasks" in target_line(readme, TRANSFER + "LoRA")
+
+
+def test_the_recipe_is_paid_back_by_searches_that_are_not_made(tmp_path):
+    compute = {"policy": {"seconds_per_job": 10.0}, "search_5": {"seconds_per_job": 51.0}}
+    _, readme = write(tmp_path, {**RESULTS, "compute": compute})
+    line = target_line(readme, "training recipe")
+    assert "41 minutes of one core; paid back after 60 jobs of 10 s" in line
+    assert line.endswith("| yes |")
+
+
+def test_what_training_saw_is_what_its_configuration_says():
+    config = load_config("train", ROOT / "configs" / "train" / "default_experience.yaml", [])
+    assert config.env.tasks.steps_range[1] == results_targets.TRAINED_STEPS
+    sizes = re.findall(r"-(\d+)k-", " ".join(task.model for task in config.env.tasks.tasks))
+    assert max(map(int, sizes)) * 1e3 == results_targets.TRAINED_PARAMETERS
+
+
 def test_writing_it_twice_changes_nothing(tmp_path):
     _, readme = write(tmp_path, RESULTS)
     once = readme.read_text()
@@ -74,10 +143,10 @@ def test_writing_it_twice_changes_nothing(tmp_path):
     assert readme.read_text() == once
 
 
-def test_a_readme_without_markers_is_left_alone(tmp_path):
-    found, readme = write(tmp_path, RESULTS, "# Title\n")
-    assert found.returncode == 2
-    assert "<!-- results -->" in found.stderr
+def test_a_readme_without_markers_is_left_alone(tmp_path, capsys):
+    code, readme = write(tmp_path, RESULTS, "# Title\n")
+    assert code == 2
+    assert "<!-- results -->" in capsys.readouterr().err
     assert readme.read_text() == "# Title\n"
 
 
