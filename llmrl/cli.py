@@ -279,6 +279,21 @@ def policy_export(
             typer.echo(path)
 
 
+@policy_app.command("ensemble")
+def policy_ensemble(
+    policies: Annotated[list[str], typer.Argument(help="Two or more policies of one configuration, by seed.")],
+    output: OutputOption,
+    lower_bound: Annotated[
+        float, typer.Option("--lower-bound", help="Standard deviations below the mean of the members' values.")
+    ] = 0.0,
+) -> None:
+    """Join policies that were learned alike into one that acts on the mean of their values, or below it."""
+    with reported_failures("stopped"):
+        from llmrl.policy_ensemble import write_ensemble
+
+        typer.echo(write_ensemble(policies, output, lower_bound=lower_bound))
+
+
 @policy_app.command("push")
 def policy_push(
     policy: Annotated[Path, typer.Argument(help="Directory of a policy.")],

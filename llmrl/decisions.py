@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 from llmrl_envs.interface.action import UpdateChoice
-from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.guards import SPIKE_MULTIPLE
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
@@ -170,7 +169,7 @@ class DecisionLoop:
         capabilities: Update choices that the host can carry out.
         agree: Makes the processes of a job agree on the first one's action; None for a single process.
         guarded: Fall back to linear decay when the job loses too much, or its validation loss turns.
-        intervals: Optimizer steps between decisions; None takes `decision_intervals` of the steps that are left.
+        intervals: Optimizer steps between decisions; None takes those that `settings` give for the steps left.
         first_step: Optimizer steps that the job has done already, without being steered.
     """
 
@@ -189,14 +188,15 @@ class DecisionLoop:
     ) -> None:
         self.policy = policy
         left = total_steps - first_step
-        self.intervals = decision_intervals(left) if intervals is None else intervals
+        settings = settings or policy.settings
+        self.intervals = settings.intervals(left) if intervals is None else intervals
         if sum(self.intervals) != left or min(self.intervals) < 1:
             raise ValueError(f"intervals: expected positive lengths that add up to {left}, got {self.intervals}")
         self.schedule = Schedule(
             policy.table,
             np.array([total_steps]),
             np.array([given_rate]),
-            settings or policy.settings,
+            settings,
             capabilities,
         )
         self.schedule.advance(np.array([first_step]))

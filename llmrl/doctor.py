@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmrl.config import Settings, TrackingConfig
-from llmrl.dry_run import TaskTrial, estimate_seconds, population_of, tasks_of, try_task
+from llmrl.dry_run import TaskTrial, estimate_seconds, population_of, schedule_settings_of, tasks_of, try_task
 from llmrl.run_directory import check_writable
 from llmrl.tracking import resolve_wandb_mode
 
@@ -121,7 +121,7 @@ def _print_dry_run(console: Console, config: Settings) -> None:
     population, workers = population_of(config, library)
     for task in tasks:
         with console.status(f"trying {task.name}"):
-            trials.append(try_task(task, library, population, workers))
+            trials.append(try_task(task, library, population, workers, schedule_settings_of(config)))
         _print(console, f"Task {task.name}", describe_trial(trials[-1]))
     seconds = estimate_seconds(config, tuple(trials))
     console.print(f"Estimated time of the whole command: [bold]{_duration(seconds)}[/bold]")

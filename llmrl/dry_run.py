@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from llmrl_envs.cores import population_workers
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.base_schedule import decision_intervals
-from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.population.members import IntervalPlan
@@ -65,7 +64,13 @@ class TaskTrial:
     workers: int = 1
 
 
-def try_task(task: FineTuningTask, library: JobLibrary, population: int = 1, workers: int = 1) -> TaskTrial:
+def try_task(
+    task: FineTuningTask,
+    library: JobLibrary,
+    population: int = 1,
+    workers: int = 1,
+    settings: ScheduleSettings | None = None,
+) -> TaskTrial:
     """Loads a task and trains it for a few steps at a rate that changes next to nothing.
 
     Args:
@@ -73,6 +78,7 @@ def try_task(task: FineTuningTask, library: JobLibrary, population: int = 1, wor
         library: Loads models and data.
         population: Jobs that are trained at once.
         workers: Processes that train them; one's part is timed.
+        settings: When decisions come; None takes the usual ones.
 
     Raises:
         UserError: Model or data cannot be loaded or do not fit the task.
@@ -101,7 +107,7 @@ def try_task(task: FineTuningTask, library: JobLibrary, population: int = 1, wor
         num_parameters=job.loaded.num_parameters,
         num_trained=sum(parameter.numel() for parameter in job.loaded.trainable.values()),
         memory_bytes={**_state_bytes(job), "activations": activations},
-        num_decisions=len(decision_intervals(task.steps)),
+        num_decisions=len((settings or ScheduleSettings()).intervals(task.steps)),
         seconds_per_step=step_seconds,
         seconds_per_evaluation=evaluation_seconds,
         job_seconds=task.steps * step_seconds,
@@ -152,6 +158,13 @@ def tasks_of(config: Settings) -> tuple[FineTuningTask, ...]:
     if isinstance(config, FinetuneConfig):
         return (config.task,)
     return config.all_tasks if isinstance(config, CompareConfig) else ()
+
+
+def schedule_settings_of(config: Settings) -> ScheduleSettings | None:
+    """The schedule settings that a configuration gives its jobs; None where they are the policy's."""
+    if isinstance(config, TrainConfig):
+        return config.env.schedule
+    return config.schedule if isinstance(config, FinetuneConfig | CompareConfig) else None
 
 
 def estimate_seconds(config: Settings, trials: tuple[TaskTrial, ...]) -> float:

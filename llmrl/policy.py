@@ -40,6 +40,7 @@ from llmrl.policy_reference import (
 )
 
 if TYPE_CHECKING:
+    from llmrl.dqn.ensemble import EnsembleNetwork
     from llmrl.dqn.networks import QNetwork
 
 __all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy", "is_classifier"]
@@ -54,7 +55,7 @@ class SchedulePolicy:
         table: What the action indices mean.
         spec: What the observation's entries mean.
         settings: The schedule that the actions were learned with.
-        network: The Q-network; None holds.
+        network: The Q-network, or several; None holds.
         provenance: What the policy was trained on, JSON-ready.
         holds_on: Jobs that it was found to do harm on, so that it holds there; see `for_model`.
 
@@ -68,7 +69,7 @@ class SchedulePolicy:
         table: ActionTable,
         spec: ObservationSpec,
         settings: ScheduleSettings,
-        network: QNetwork | None,
+        network: QNetwork | EnsembleNetwork | None,
         provenance: dict[str, Any] | None = None,
         holds_on: Sequence[HoldsOn] = (),
     ) -> None:
@@ -223,7 +224,7 @@ def hold_policy(settings: ScheduleSettings | None = None, actions: str = "moves"
     return SchedulePolicy(table, ObservationSpec(table), settings or ScheduleSettings(), None)
 
 
-def _read_network(path: Path) -> QNetwork:
+def _read_network(path: Path) -> QNetwork | EnsembleNetwork:
     from llmrl.dqn.network_file import load_network
 
     try:

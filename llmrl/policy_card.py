@@ -11,6 +11,7 @@ from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 
 if TYPE_CHECKING:
+    from llmrl.dqn.ensemble import EnsembleNetwork
     from llmrl.dqn.networks import QNetwork
 
 
@@ -18,7 +19,7 @@ def policy_card(
     table: ActionTable,
     spec: ObservationSpec,
     settings: ScheduleSettings,
-    network: QNetwork | None,
+    network: QNetwork | EnsembleNetwork | None,
     provenance: dict[str, Any],
     holds_on: Sequence[str] = (),
 ) -> str:
@@ -62,7 +63,13 @@ def policy_card(
     return "\n".join(lines)
 
 
-def _describe(network: QNetwork) -> str:
+def _describe(network: QNetwork | EnsembleNetwork) -> str:
+    from llmrl.dqn.ensemble_config import EnsembleConfig
+
     config = network.config
     count = sum(parameter.numel() for parameter in network.parameters())
-    return f"{config.torso} {list(config.hidden_sizes)}, {config.head} head, {count:,} parameters"
+    told = f"{config.torso} {list(config.hidden_sizes)}, {config.head} head, {count:,} parameters"
+    if not isinstance(config, EnsembleConfig):
+        return told
+    below = f", {config.lower_bound:g} standard deviations below their mean" if config.lower_bound else ", their mean"
+    return f"{config.num_members} of {told} in all{below}"

@@ -14,6 +14,7 @@ import torch
 from llmrl_envs.errors import UserError
 from torch import Tensor, nn
 
+from llmrl.dqn.ensemble import EnsembleNetwork
 from llmrl.dqn.networks import QNetwork
 from llmrl.policy import SchedulePolicy
 from llmrl.policy_hub import upload_policy_folder
@@ -63,7 +64,7 @@ def export_policy(source: str, output: Path, *, file_format: ExportFormat) -> li
     return sorted(output.iterdir())
 
 
-def _write_arrays(network: QNetwork, output: Path) -> None:
+def _write_arrays(network: QNetwork | EnsembleNetwork, output: Path) -> None:
     weights = {name: value.detach().cpu().numpy() for name, value in network.state_dict().items()}
     np.savez(output / ARRAYS_FILE, allow_pickle=False, **weights)
     atomic_write_json(output / NETWORK_FILE, network.config.model_dump(mode="json"))
@@ -78,7 +79,7 @@ def _check_packages() -> None:
 class _Values(nn.Module):
     """Observation to action values, as one graph."""
 
-    def __init__(self, network: QNetwork) -> None:
+    def __init__(self, network: QNetwork | EnsembleNetwork) -> None:
         super().__init__()
         self.network = network
 
@@ -87,7 +88,7 @@ class _Values(nn.Module):
         return self.network.values(self.network(observation))
 
 
-def _write_onnx(policy: SchedulePolicy, network: QNetwork, path: Path) -> None:
+def _write_onnx(policy: SchedulePolicy, network: QNetwork | EnsembleNetwork, path: Path) -> None:
     # Two rows, because an exporter takes a size of one for a constant.
     example = torch.zeros(2, policy.spec.size)
     with warnings.catch_warnings():

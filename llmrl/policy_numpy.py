@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.ensemble_config import read_network_config
 from llmrl.dqn.network_shapes import check_shapes
-from llmrl.dqn.numpy_network import NumpyNetwork
+from llmrl.dqn.numpy_network import numpy_network
 from llmrl.policy_decision import PolicyDecision, check_observation, finite_values, greedy_decision
 from llmrl.policy_files import PolicyLanguage, read_language
 
@@ -55,7 +56,7 @@ class NumpyPolicy:
             if array.dtype != np.float32 or not np.isfinite(array).all():
                 raise ValueError(f"network weight {name!r}: expected finite float32 numbers, got {array.dtype}")
         self._config = config
-        self._network = NumpyNetwork(config, tensors)
+        self._network = numpy_network(config, tensors)
 
     def act(self, observation: NDArray[np.float32], mask: NDArray[np.bool_]) -> PolicyDecision:
         """Greedy actions for observations float32[E, O] among those available in mask bool[E, A]."""
@@ -76,7 +77,7 @@ class NumpyPolicy:
             )
         language = read_language(folder, ARRAYS_FILE)
         try:
-            config = NetworkConfig.model_validate_json((folder / NETWORK_FILE).read_text(encoding="utf-8"))
+            config = read_network_config((folder / NETWORK_FILE).read_text(encoding="utf-8"))
             tensors = read_arrays(folder / ARRAYS_FILE)
             policy = cls(language, config, tensors)
             if not finite_values(policy.act, policy.spec, policy.table):

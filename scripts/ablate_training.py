@@ -5,8 +5,9 @@
 
 Each row is `llmrl train` with the configuration and one change, from the same seeds, judged by its greedy policy: score
 on sixteen jobs that are the same in all rows, the improvement of the validation loss over that of linear decay from the
-default rate. Holding is scored beside it. Differences to the base are taken seed by seed. Runs lie in the output
-directory and are not repeated, nor is what an interrupted one has done. `ablation.json` there holds {config,
+default rate. Holding is scored beside it. A row with a first stage begins with what a training on noisy quadratics saw;
+an ensemble joins the base's policies of three seeds. Differences to the base are taken seed by seed. Runs lie in the
+output directory and are not repeated, nor is what an interrupted one has done. `ablation.json` there holds {config,
 first_seed, rows} with rows as those of `ablate_dqn.py`.
 """
 
@@ -17,10 +18,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ablate_dqn import summary, table
+
+from llmrl.config import TrainConfig
+from llmrl.config_loading import load_config
+from llmrl.policy_ensemble import ensemble_policy
+from llmrl.training.evaluation import evaluate_policy
 
 JOBS = ("env.population=16", "training.evaluation_period_episodes=0", "training.evaluation_episodes=16",
         "tracking.wandb=disabled")  # fmt: skip
@@ -55,7 +62,64 @@ ROWS: dict[str, tuple[str, ...]] = {
     "the same, no measurements seen": (STANDARDISED, f"agent.ignored_features=[loss_*,log10_step_size,{GRADIENTS}]"),
     "groups of eight jobs": ("env.groups=8",),
     "one data order": ("env.tasks.num_seeds=1",),
+    "about 5 decisions": ("env.schedule.decisions=5",),
+    "no early decisions": ("env.schedule.early_decisions=false",),
+    "about 5 decisions, none early": ("env.schedule.decisions=5", "env.schedule.early_decisions=false"),
 }  # fmt: skip
+FIRST_STAGE = Path(__file__).parents[1] / "configs" / "train" / "quadratics.yaml"
+PRETRAINING = "agent.pretrain_updates=4800"
+FIRST_STAGES: dict[str, tuple[str, ...]] = {
+    "noisy quadratics first, 1,200 decisions": (),
+    "noisy quadratics first, 6,000 decisions": ("training.decisions=6000",),
+}
+"""Rows that begin with the experience of a training by FIRST_STAGE with these changes."""
+ENSEMBLES = {
+    "three networks, their mean": 0.0,
+    "three networks, half a deviation below": 0.5,
+    "three networks, one deviation below": 1.0,
+    "three networks, two deviations below": 2.0,
+}
+"""Rows of the base's policies together: standard deviations below their mean."""
+MEMBER_SEEDS = (0, 1000, 2000)
+"""Added to a seed for the members of its ensemble; the first one is the base's own run."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Where runs lie and what they are made from.
+
+    Attributes:
+        config: The base configuration.
+        output: Directory of the runs.
+    """
+
+    config: Path
+    output: Path
+
+    def row(self, name: str, seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Score of a row's greedy policy, and the changes that make the row."""
+        place = [*ROWS, *FIRST_STAGES].index(name) if name not in ENSEMBLES else 0
+        folder = self.output / f"{place}-{seed}"
+        if name in ENSEMBLES:
+            return self._ensemble(ENSEMBLES[name], seed), (f"lower_bound={ENSEMBLES[name]:g}",)
+        if name in ROWS:
+            return train(self.config, folder, seed, (*JOBS, *ROWS[name])), ROWS[name]
+        first = self.output / f"{place}-{seed}-first"
+        train(FIRST_STAGE, first, seed, ("tracking.wandb=disabled", *FIRST_STAGES[name]))
+        changes = (f"agent.experience=[{first}]", PRETRAINING)
+        return train(self.config, folder, seed, (*JOBS, *changes)), (*FIRST_STAGES[name], PRETRAINING)
+
+    def _ensemble(self, lower_bound: float, seed: int) -> dict[str, Any]:
+        folders = [self.output / f"0-{seed + more}" for more in MEMBER_SEEDS]
+        members = [
+            train(self.config, folder, seed + more, (*JOBS, *ROWS["base"]))
+            for folder, more in zip(folders, MEMBER_SEEDS, strict=True)
+        ]
+        config = load_config("train", self.config, [f"seed={seed}", *JOBS])
+        assert isinstance(config, TrainConfig)
+        policy = ensemble_policy([str(folder / "policy") for folder in folders], lower_bound)
+        found = evaluate_policy(config, policy)
+        return {"return": found.score, "hold": members[0]["hold"], "diverged": found.diverged}
 
 
 def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> dict[str, Any]:
@@ -65,7 +129,7 @@ def train(config: Path, folder: Path, seed: int, changes: tuple[str, ...]) -> di
         command = [sys.executable, "-m", "llmrl", "train", "--config", str(config), "--output", str(folder)]
         resume = ["--resume"] if folder.is_dir() else []
         done = subprocess.run(
-            [*command, *resume, f"seed={seed}", *JOBS, *changes],
+            [*command, *resume, f"seed={seed}", *changes],
             check=False,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -82,17 +146,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/train/quickstart.yaml"))
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="the seeds count from here")
-    parser.add_argument("--only", nargs="*", choices=sorted(ROWS), metavar="NAME", help="these rows, and the base")
+    names = [*ROWS, *FIRST_STAGES, *ENSEMBLES]
+    parser.add_argument("--only", nargs="*", choices=sorted(names), metavar="NAME", help="these rows, and the base")
     parser.add_argument("--output", type=Path, required=True, help="directory")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"expected at least one seed, got {options.seeds}")
     report: dict[str, Any] = {"config": str(options.config), "first_seed": options.first_seed, "rows": []}
-    for number, (name, changes) in enumerate(ROWS.items()):
+    ablation = Ablation(options.config, options.output)
+    for name in names:
         if options.only and name not in ("base", *options.only):
             continue
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        runs = [train(options.config, options.output / f"{number}-{seed}", seed, changes) for seed in seeds]
+        found = [ablation.row(name, seed) for seed in seeds]
+        runs, changes = [run for run, _ in found], found[0][1]
         base = report["rows"][0]["returns"] if report["rows"] else [run["return"] for run in runs]
         report["rows"].append(summary(name, {"overrides": list(changes)}, runs, base))
         print(json.dumps(report["rows"][-1]), flush=True)

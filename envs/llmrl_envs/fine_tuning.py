@@ -156,8 +156,11 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             self._references = ReferenceCurves(self._library.curves)
         job = self._library.job(sampled.task)
         self.sampled = sampled
-        reference = self._references.curve(job, sampled.seed, measured=self.reward_spec.measured)
-        self._account = EpisodeAccount(self.reward_spec, reference, sampled.task.steps)
+        reference = self._references.curve(
+            job, sampled.seed, measured=self.reward_spec.measured, settings=self.schedule_settings
+        )
+        intervals = self.schedule_settings.intervals(sampled.task.steps)
+        self._account = EpisodeAccount(self.reward_spec, reference, intervals)
         self._session = self._new_session(job, sampled)
         self._schedule = Schedule(
             self.table,

@@ -16,6 +16,7 @@ from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.jobs.reference import reference_key
 from llmrl_envs.jobs.task import FineTuningTask, SampledTask, TaskDistribution
 
 DEFAULT_TASKS: dict[str, Any] = {
@@ -85,6 +86,10 @@ class FineTuningSettings:
         """Observation and action space of one environment."""
         low, high = self.observation_spec.bounds()
         return spaces.Box(low, high, dtype=np.float32), spaces.Discrete(self.table.num_actions)
+
+    def reference_key(self, drawn: DrawnJob) -> str:
+        """What decides the reference run of a job; see `ReferenceCurves`."""
+        return reference_key(drawn.sampled.task, drawn.sampled.seed, self.reward_spec.measured, self.schedule)
 
     def draw(self, rng: np.random.Generator, job: SampledTask | None = None) -> DrawnJob:
         """Draws the next job and what it withholds; as many numbers whatever is configured.

@@ -25,7 +25,6 @@ from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.population.members import IntervalPlan, IntervalResult, Member
 from llmrl_envs.jobs.population.pool import PopulationPool
 from llmrl_envs.jobs.population.references import run_references
-from llmrl_envs.jobs.reference import reference_key
 from llmrl_envs.jobs.task import FineTuningTask
 
 
@@ -131,7 +130,7 @@ class PopulationEpisodes:
 
     def lacks_reference(self, drawn: Sequence[DrawnJob]) -> bool:
         """Whether a reference run of one of these jobs has not been made."""
-        keys = [self._reference_key(d) for d in drawn]
+        keys = [self._settings.reference_key(d) for d in drawn]
         return any(key not in self._library.curves for key in keys)
 
     def make_references(self, drawn: Sequence[DrawnJob]) -> None:
@@ -139,10 +138,9 @@ class PopulationEpisodes:
         jobs = [(self._library.job(d.sampled.task), d.sampled.seed) for d in drawn]
         for first in range(0, len(jobs), self.num_envs):
             measured = self._settings.reward_spec.measured
-            run_references(self.pool, jobs[first : first + self.num_envs], measured=measured)
-
-    def _reference_key(self, drawn: DrawnJob) -> str:
-        return reference_key(drawn.sampled.task, drawn.sampled.seed, self._settings.reward_spec.measured)
+            run_references(
+                self.pool, jobs[first : first + self.num_envs], measured=measured, settings=self._settings.schedule
+            )
 
     def begin(self, lanes: Sequence[int], drawn: Sequence[DrawnJob]) -> NDArray[np.float32]:  # [len(lanes), O]
         """Starts one job in each of `lanes`, whose reference runs have been made; returns their first observations."""
@@ -181,8 +179,8 @@ class PopulationEpisodes:
     def _new_lane(self, drawn: DrawnJob) -> _Lane:
         sampled, spec = drawn.sampled, self._settings.reward_spec
         job = self._library.job(sampled.task)
-        curve = self._library.curves[self._reference_key(drawn)]
-        account = EpisodeAccount(spec, curve, sampled.task.steps)
+        curve = self._library.curves[self._settings.reference_key(drawn)]
+        account = EpisodeAccount(spec, curve, self._settings.schedule.intervals(sampled.task.steps))
         average_steps = spec.average_steps(account.intervals)
         member = self.pool.add(job, sampled.seed, average_steps=average_steps)
         return _Lane(drawn, member, account, self.pool.session_of(member).capabilities(member))
@@ -355,7 +353,8 @@ class PopulationEpisodes:
         members = self.pool.load_state_dict(state["pool"], tasks)
         spec = self._settings.reward_spec
         for index, (job, saved) in enumerate(zip(drawn, state["lanes"], strict=True)):
-            account = EpisodeAccount.from_state(spec, job.sampled.task.steps, saved["account"])
+            intervals = self._settings.schedule.intervals(job.sampled.task.steps)
+            account = EpisodeAccount.from_state(spec, intervals, saved["account"])
             member = members[index]
             self._lanes[index] = _Lane(job, member, account, self.pool.session_of(member).capabilities(member))
         self._action = np.array(state["action"], np.int64)

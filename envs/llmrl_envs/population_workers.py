@@ -7,7 +7,6 @@ passes of several processes do not. Lanes, draws and reference curves are the ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch import Tensor
 from llmrl_envs.fine_tuning_settings import DrawnJob, FineTuningSettings
 from llmrl_envs.interface.statistics import Integers
 from llmrl_envs.jobs.loading import JobLibrary
-from llmrl_envs.jobs.reference import Measured, reference_key
 from llmrl_envs.jobs.task import FineTuningTask
 from llmrl_envs.population_episodes import PopulationEpisodes, StepResult
 from llmrl_envs.worker_process import WorkerProcess, ask_all
@@ -50,7 +48,7 @@ class PopulationWorkers:
     ) -> None:
         self.num_envs = num_envs
         self._library = library
-        self._key = partial(_reference_key, measured=settings.reward_spec.measured)
+        self._key = settings.reference_key
         self._starts = worker_lanes(num_envs, group_size, num_workers)
         self._drawn: list[DrawnJob | None] = [None] * num_envs
         device = str(library.device)
@@ -183,10 +181,6 @@ def num_saved_workers(state: Mapping[str, Any]) -> int:
     return len(state["workers"]) if "workers" in state else 1
 
 
-def _reference_key(drawn: DrawnJob, measured: Measured) -> str:
-    return reference_key(drawn.sampled.task, drawn.sampled.seed, measured)
-
-
 def _joined(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -199,7 +193,7 @@ class _Part:
     ) -> None:
         torch.set_num_threads(1)
         self._library = JobLibrary(device)
-        self._key = partial(_reference_key, measured=settings.reward_spec.measured)
+        self._key = settings.reference_key
         self._episodes = PopulationEpisodes(
             num_envs, settings, self._library, level_norm=level_norm, group_size=group_size
         )

@@ -1,4 +1,4 @@
-"""A Q-network as one safetensors file that describes itself: weights, and the network's configuration as JSON."""
+"""A Q-network, or several, as one safetensors file that describes itself: weights, and the configuration as JSON."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.ensemble import EnsembleNetwork
+from llmrl.dqn.ensemble_config import EnsembleConfig, read_network_config
 from llmrl.dqn.network_shapes import check_shapes
 from llmrl.dqn.networks import QNetwork
 
 CONFIG_KEY = "network_config"
 
 
-def save_network(network: QNetwork, path: Path) -> None:
+def save_network(network: QNetwork | EnsembleNetwork, path: Path) -> None:
     """Writes weights and configuration to `path`."""
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
     save_file(tensors, path, metadata={CONFIG_KEY: network.config.model_dump_json()})
 
 
-def load_network(path: Path) -> QNetwork:
+def load_network(path: Path) -> QNetwork | EnsembleNetwork:
     """Rebuilds the network that `save_network` wrote, on the CPU and ready to act.
 
     Raises:
@@ -37,11 +38,11 @@ def load_network(path: Path) -> QNetwork:
     if CONFIG_KEY not in metadata:
         raise ValueError(f"{path}: expected {CONFIG_KEY!r} in its metadata, got {sorted(metadata)}")
     try:
-        config = NetworkConfig.model_validate_json(metadata[CONFIG_KEY])
-    except ValidationError as error:
+        config = read_network_config(metadata[CONFIG_KEY])
+    except (ValidationError, ValueError) as error:
         raise ValueError(f"{path}: expected a network configuration, got {error}") from error
     # Before the network takes memory: a file of a few bytes may describe a network of many gigabytes.
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    network = QNetwork(config, torch.Generator())
+    network = EnsembleNetwork(config) if isinstance(config, EnsembleConfig) else QNetwork(config, torch.Generator())
     network.load_weights(tensors)
     return network.eval()

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 
 from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.ensemble_config import EnsembleConfig, member_prefix
 
 CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, size, stride
 
@@ -13,7 +14,10 @@ Shape = tuple[int, ...]
 
 
 def tensor_shapes(config: NetworkConfig) -> dict[str, Shape]:
-    """Shape of every tensor of `QNetwork.state_dict()`, by name; all are float32."""
+    """Shape of every tensor of a network's `state_dict()`, by name; all are float32."""
+    if isinstance(config, EnsembleConfig):
+        own = tensor_shapes(config.member)
+        return {member_prefix(index) + name: own[name] for index in range(config.num_members) for name in own}
     shapes: dict[str, Shape] = {}
     if config.normalize_obs:
         shapes |= {"obs_mean": config.obs_shape, "obs_std": config.obs_shape}

@@ -9,11 +9,13 @@ Arrays are used where they are, so that a network over views of learning paramet
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrl.dqn.config import NetworkConfig
+from llmrl.dqn.ensemble_config import EnsembleConfig, member_prefix
 from llmrl.dqn.network_shapes import CONVOLUTIONS
 
 OBS_CLIP = 10.0  # standardised observations are clipped here, so that one far outside cannot throw the network
@@ -105,6 +107,44 @@ class NumpyNetwork:
             return np.asarray(quantiles.mean(axis=2))
         mass = np.clip(level - np.arange(num) / num, 0.0, 1.0 / num)
         return np.asarray((np.sort(quantiles, axis=2) * mass).sum(axis=2) / level, dtype=np.float32)
+
+
+class NumpyEnsemble:
+    """The forward pass of an `EnsembleNetwork`.
+
+    Args:
+        config: Shape of the ensemble.
+        tensors: Weights by the names of its `state_dict()`.
+
+    Raises:
+        ValueError: A tensor is missing.
+    """
+
+    def __init__(self, config: EnsembleConfig, tensors: Mapping[str, Floats]) -> None:
+        self._lower_bound = np.float32(config.lower_bound)
+        self._members = [
+            NumpyNetwork(config.member, {name.removeprefix(prefix): tensors[name] for name in tensors
+                                         if name.startswith(prefix)})
+            for prefix in map(member_prefix, range(config.num_members))
+        ]  # fmt: skip
+
+    def values(self, obs: Floats | NDArray[np.uint8]) -> Floats:
+        """Action values [E, A] for observations [E, *obs_shape]."""
+        found = np.stack([member.values(obs) for member in self._members])
+        mean = found.mean(axis=0)
+        return np.asarray(mean - self._lower_bound * found.std(axis=0, ddof=1) if self._lower_bound else mean)
+
+
+class ActionValues(Protocol):
+    """What both forms give."""
+
+    def values(self, obs: Floats | NDArray[np.uint8]) -> Floats:
+        """Action values [E, A] for observations [E, *obs_shape]."""
+
+
+def numpy_network(config: NetworkConfig, tensors: Mapping[str, Floats]) -> ActionValues:
+    """A network or an ensemble, as its configuration says."""
+    return NumpyEnsemble(config, tensors) if isinstance(config, EnsembleConfig) else NumpyNetwork(config, tensors)
 
 
 def _linear(weight: Floats, bias: Floats, x: Floats) -> Floats:

@@ -9,11 +9,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
+from llmrl_envs.jobs.loading import JobLibrary
 from numpy.typing import NDArray
 
+from llmrl.config import FINE_TUNING_ID, TrainConfig
 from llmrl.dqn.agent import Agent
 from llmrl.dqn.lanes import episode_seed
-from llmrl.training.setup import Environment, schedule_language
+from llmrl.policy import SchedulePolicy
+from llmrl.training.setup import Environment, make_environment, make_evaluation_environment, schedule_language
 
 EVALUATION_STREAM = 1_000_003
 """Added to the run's seed, so that no evaluation job is a training job."""
@@ -92,6 +95,22 @@ def evaluate(env: Environment, act: Act, *, seed: int, num_episodes: int) -> Eva
         rows = [_episode(env, act, own) for own in seeds]
     means = np.array(rows).mean(axis=0)
     return EvaluationResult(*(float(value) for value in means))
+
+
+def evaluate_policy(config: TrainConfig, policy: SchedulePolicy) -> EvaluationResult:
+    """Greedy episodes of a policy on the jobs that a training with a configuration is judged by.
+
+    Args:
+        config: The training's; its seed tells which jobs.
+        policy: Made for the observations and actions of that training.
+    """
+    library = JobLibrary(config.env.device) if config.env.id == FINE_TUNING_ID else None
+    num_episodes = config.training.evaluation_episodes
+    env = make_environment(config.env, library, num_evaluated=num_episodes)
+    judged = make_evaluation_environment(config.env, env, library, num_episodes)
+    return evaluate(
+        judged, lambda obs, mask: policy.act(obs, mask).actions, seed=config.seed, num_episodes=num_episodes
+    )
 
 
 def _episode(env: gymnasium.Env[Any, Any], act: Act, seed: int) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ Under `accelerate launch` every process runs this loop with environments and a r
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -117,7 +116,7 @@ class TrainingRun:
         self.env = make_environment(env_config, self._library, num_evaluated=num_evaluated)
         self.agent = make_agent(config, self.env, self.processes)
         self._evaluator = Evaluator(
-            make_evaluation_environment(_alone(env_config), self.env, self._library, num_evaluated),
+            make_evaluation_environment(env_config, self.env, self._library, num_evaluated),
             self.agent,
             seed=config.seed,
             num_episodes=num_evaluated,
@@ -340,16 +339,6 @@ class TrainingRun:
             self.recorder.row({"kind": "resumed", "processes_before": before, "processes": now})
             text = f"the checkpoint is of {before} process(es), now there are {now}: experience divided, episodes new"
             print_message("resumed", text, style="yellow")
-
-
-def _alone(config: EnvConfig) -> EnvConfig:
-    """The environment of an evaluation: single jobs from the default level, with no member beside them to compare."""
-    changes: dict[str, Any] = {}
-    if config.reward.baseline == "hold":
-        changes["reward"] = dataclasses.replace(config.reward, baseline="none")
-    if config.tasks is not None:
-        changes["tasks"] = config.tasks.model_copy(update={"start_moves": (0,)})
-    return config.model_copy(update=changes)
 
 
 def _own_devices(config: EnvConfig) -> EnvConfig:

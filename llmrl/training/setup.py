@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,16 +66,28 @@ def make_evaluation_environment(
 ) -> Environment:
     """The environment for greedy episodes away from `env`: a population beside a population, otherwise a single one.
 
+    Its jobs begin at the default level, with no member beside them to compare.
+
     Args:
         config: The section `env`.
         env: The environment of the training.
         library: Loaded models, shared with `env`.
         num_episodes: Episodes of one evaluation.
     """
+    config = _alone(config)
     if not isinstance(env, FineTuningVectorEnv) or num_episodes == 1:
         return make_single_environment(config, library)
     library, arguments = library or JobLibrary(config.device), _population_arguments(config)
     return make_evaluation_population(config, library, arguments, num_jobs=env.num_envs, num_episodes=num_episodes)
+
+
+def _alone(config: EnvConfig) -> EnvConfig:
+    changes: dict[str, Any] = {}
+    if config.reward.baseline == "hold":
+        changes["reward"] = dataclasses.replace(config.reward, baseline="none")
+    if config.tasks is not None:
+        changes["tasks"] = config.tasks.model_copy(update={"start_moves": (0,)})
+    return config.model_copy(update=changes)
 
 
 def _population_arguments(config: EnvConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from llmrl_envs.fine_tuning import FineTuningEnv
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask, SampledTask
@@ -87,6 +88,14 @@ def test_the_first_process_decides_for_all() -> None:
 def test_deciding_before_the_job_began_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="has begun"):
         DecisionLoop(hold_policy(), total_steps=10, given_rate=1e-5).decide()
+
+
+def test_decisions_come_as_often_as_the_policy_was_trained_with() -> None:
+    policy = hold_policy(ScheduleSettings(decisions=5, early_decisions=False))
+    assert DecisionLoop(policy, total_steps=100, given_rate=1e-5).intervals == (20,) * 5
+    other = ScheduleSettings(decisions=2, early_decisions=False)
+    assert DecisionLoop(policy, total_steps=100, given_rate=1e-5, settings=other).intervals == (50, 50)
+    assert DecisionLoop(policy, total_steps=100, given_rate=1e-5, first_step=40).intervals == (12,) * 5
 
 
 def test_intervals_must_fill_the_budget() -> None:

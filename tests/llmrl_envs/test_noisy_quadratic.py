@@ -189,6 +189,14 @@ def test_a_job_that_is_measured_at_its_end_is_paid_the_same_there() -> None:
         assert at_end[0][-1] == pytest.approx(sum(each[0]), abs=1e-12)
 
 
+@pytest.mark.parametrize("schedule", [{"decisions": 300}, {"decisions": 5, "early_decisions": False}], ids=str)
+def test_decisions_come_as_often_as_the_schedule_says(schedule) -> None:
+    env = NoisyQuadraticEnv({"total_steps": (1200, 1200)}, schedule=schedule)
+    rewards, info = play(env, 0, lambda info: env.table.hold)
+    assert len(rewards) == {300: 302, 5: 5}[schedule["decisions"]]
+    assert sum(rewards) == pytest.approx(info["score"], abs=1e-9)
+
+
 def test_holding_the_reference_rate_returns_about_one() -> None:
     settings = {"log10_rate_error": (0.0, 0.0)}
     env = NoisyQuadraticEnv(settings, schedule={"warmup_fraction": 0.0})

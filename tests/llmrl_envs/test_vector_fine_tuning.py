@@ -124,6 +124,24 @@ def test_going_on_from_a_saved_state_equals_never_having_stopped(library):
         small(library, 2).load_state_dict(saved)
 
 
+def test_decisions_come_as_often_as_the_schedule_says(library):
+    schedule = {"decisions": 3, "early_decisions": False}
+    single = gymnasium.make(ID, tasks=tasks_of(TASK), device="cpu", schedule=schedule)
+    env = small(library, 2, TASK, schedule=schedule)
+    job = SampledTask(env.tasks.tasks[0], 0, 1e-3, 0)
+    single.reset(options={"job": job})
+    env.reset(options={"jobs": [job, job]})
+    rewards, over = [], False
+    while not over:
+        _, reward, over, _, info = single.step(env.table.hold)
+        _, of_lanes, terminations, _, _ = env.step(np.full(2, env.table.hold))
+        assert terminations.tolist() == [over, over]
+        rewards.append(reward)
+        assert of_lanes == pytest.approx([reward, reward], rel=1e-3, abs=1e-3)
+    assert info["step"] == TASK["steps"]
+    assert len(rewards) == 3
+
+
 def test_jobs_can_be_given(library):
     env = small(library, 2)
     task = env.tasks.tasks[0].with_steps(6)

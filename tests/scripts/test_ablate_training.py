@@ -44,3 +44,24 @@ def test_rows_are_trained_once_and_listed(script, tmp_path, monkeypatch, capsys)
     assert len(trained[0]) == 2
     assert reports[1]["rows"][1]["difference"] == pytest.approx(again[1][0] - again[0][0])
     assert "| base |" in capsys.readouterr().out
+
+
+def test_an_ensemble_joins_the_bases_of_several_seeds(script, tmp_path, monkeypatch):
+    short = ("training.decisions=24", "training.evaluation_episodes=1", "tracking.wandb=disabled")
+    monkeypatch.setattr(script, "JOBS", short)
+    monkeypatch.setattr(script, "MEMBER_SEEDS", (0, 1))
+    config, output = ROOT / "configs" / "train" / "smoke.yaml", tmp_path / "ablation"
+    row = "three networks, one deviation below"
+    script.main(["--config", str(config), "--seeds", "1", "--only", row, "--output", str(output)])
+    base, joined = json.loads((output / "ablation.json").read_text())["rows"]
+    assert sorted(path.name for path in output.iterdir()) == ["0-0", "0-1", "ablation.json"]
+    assert joined["changes"] == {"overrides": ["lower_bound=1"]}
+    assert joined["details"]["hold"] == base["details"]["hold"]
+
+
+def test_a_first_stage_means_what_the_second_one_means(script):
+    first, second = (
+        load_config("train", path, []) for path in (script.FIRST_STAGE, ROOT / "configs" / "train" / "quickstart.yaml")
+    )
+    assert (first.env.actions, first.env.observation) == (second.env.actions, second.env.observation)
+    assert first.env.schedule == second.env.schedule

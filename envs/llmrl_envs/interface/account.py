@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.reward import RewardSpec, interval_reward
 
 
@@ -17,10 +16,10 @@ class EpisodeAccount:
         spec: How rewards are made.
         reference: Log validation loss of the reference run before the first and after every interval. Its first entry
             is the job's too, because both began from the same weights.
-        total_steps: The job's budget in optimizer steps.
+        intervals: Lengths of the job's decision intervals, in optimizer steps; one less than `reference` has entries.
 
     Attributes:
-        intervals: Lengths of the decision intervals, in optimizer steps.
+        intervals: The same.
         decision: Intervals that are done.
         initial_log_loss: Before the first step.
         log_loss: After the latest interval.
@@ -30,11 +29,11 @@ class EpisodeAccount:
         losses: `log_loss` before the first and after every interval so far.
     """
 
-    def __init__(self, spec: RewardSpec, reference: Sequence[float], total_steps: int) -> None:
+    def __init__(self, spec: RewardSpec, reference: Sequence[float], intervals: tuple[int, ...]) -> None:
         self._spec = spec
         self._reference = tuple(reference)
-        self._total_steps = total_steps
-        self.intervals = decision_intervals(total_steps)
+        self.intervals = intervals
+        self._total_steps = sum(intervals)
         self.decision = 0
         self.initial_log_loss = self.log_loss = self._reference[0]
         self.scale = spec.scale(self.initial_log_loss, self._reference[-1])
@@ -115,9 +114,9 @@ class EpisodeAccount:
         }
 
     @classmethod
-    def from_state(cls, spec: RewardSpec, total_steps: int, state: Mapping[str, Any]) -> EpisodeAccount:
+    def from_state(cls, spec: RewardSpec, intervals: tuple[int, ...], state: Mapping[str, Any]) -> EpisodeAccount:
         """The account that `state_dict` told of."""
-        account = cls(spec, state["reference"], total_steps)
+        account = cls(spec, state["reference"], intervals)
         account.losses = [float(value) for value in state["losses"]]
         account.log_loss = account.losses[-1]
         account.decision = len(account.losses) - 1

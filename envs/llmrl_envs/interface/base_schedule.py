@@ -51,20 +51,29 @@ def base_factor(name: BaseName, step: Integers, total_steps: Integers, warmup_st
     return np.asarray(rise * decay, np.float64)
 
 
-def decision_intervals(total_steps: int) -> tuple[int, ...]:
+USUAL_DECISIONS = 40
+SHORTEST_INTERVAL = 4
+"""Optimizer steps of an interval behind the first few: statistics of fewer say little."""
+
+
+def decision_intervals(
+    total_steps: int, num_decisions: int = USUAL_DECISIONS, *, early: bool = True
+) -> tuple[int, ...]:
     """Lengths of a job's decision intervals in optimizer steps; they add up to `total_steps`.
 
-    Four short intervals and three middling ones come first, because a wrong rate does its damage at the beginning;
-    then one decision every n = max(4, round(total_steps / 40)) steps.
+    One decision comes every n = max(4, round(total_steps / num_decisions)) steps. With `early`, four short intervals
+    and three middling ones come first, because a wrong rate does its damage at the beginning.
 
     >>> decision_intervals(40)
     (2, 2, 2, 2, 4, 4, 4, 4, 4, 4, 4, 4)
+    >>> decision_intervals(40, 5, early=False)
+    (8, 8, 8, 8, 8)
     """
     if total_steps < 1:
         raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
-    usual = max(4, round(total_steps / 40))
+    usual = max(SHORTEST_INTERVAL, round(total_steps / num_decisions))
     first, second = max(2, round(usual / 4)), max(4, round(usual / 2))
-    lengths = [first] * 4 + [second] * 3
+    lengths = [first] * 4 + [second] * 3 if early else []
     lengths += [usual] * (1 + (max(total_steps - sum(lengths), 0)) // usual)
     ends = np.minimum(np.cumsum(lengths), total_steps)
     intervals = np.diff(ends, prepend=0)

@@ -20,17 +20,24 @@ from numpy.typing import NDArray
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
-from llmrl_envs.interface.base_schedule import BASE_NAMES, BaseName, base_factor
+from llmrl_envs.interface.base_schedule import (
+    BASE_NAMES,
+    USUAL_DECISIONS,
+    BaseName,
+    base_factor,
+    decision_intervals,
+)
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, job_scale
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
 
-ADDED_SETTINGS = frozenset({"earliest_cooldown", "earliest_move", "latest_move"})
+ADDED_SETTINGS = frozenset({"earliest_cooldown", "earliest_move", "latest_move", "decisions", "early_decisions"})
 """Settings that policies of earlier versions lack: they have the default."""
 
 _MOST_ROLLBACKS = 10**6
+_MOST_DECISIONS = 1000
 _SETTING_CHOICES: tuple[UpdateChoice, ...] = tuple(UpdateChoice)
 
 
@@ -50,6 +57,8 @@ class ScheduleSettings:
         earliest_move: Share of the budget from which the level may move.
         latest_move: Share of the budget after which it may not.
         smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
+        decisions: About how many decisions a job has, as long as four optimizer steps lie between them.
+        early_decisions: Seven of them come sooner at the beginning, where a wrong rate does its damage.
     """
 
     base: BaseName = "linear"
@@ -61,6 +70,8 @@ class ScheduleSettings:
     earliest_move: float = 0.0
     latest_move: float = 1.0
     smoothing: float = 0.5
+    decisions: int = USUAL_DECISIONS
+    early_decisions: bool = True
 
     def __post_init__(self) -> None:
         if self.base not in BASE_NAMES:
@@ -80,6 +91,7 @@ class ScheduleSettings:
             ("earliest_move", "a share of the budget in [0, 1]", 0.0 <= self.earliest_move <= 1.0),
             ("latest_move", "a share of the budget in [0, 1]", 0.0 <= self.latest_move <= 1.0),
             ("smoothing", "a weight in (0, 1]", 0.0 < self.smoothing <= 1.0),
+            ("decisions", f"1 to {_MOST_DECISIONS}", 1 <= self.decisions <= _MOST_DECISIONS),
         ):
             if not fits:
                 raise UserError(
@@ -93,6 +105,10 @@ class ScheduleSettings:
         """What a digest of the settings is made of: the same as in earlier versions where nothing new is set."""
         fresh = ScheduleSettings()
         return {k: v for k, v in asdict(self).items() if k not in ADDED_SETTINGS or v != getattr(fresh, k)}
+
+    def intervals(self, total_steps: int) -> tuple[int, ...]:
+        """Optimizer steps between the decisions of a job, see `decision_intervals`."""
+        return decision_intervals(total_steps, self.decisions, early=self.early_decisions)
 
     def warmup_steps(self, total_steps: Integers) -> Integers:
         """Optimizer steps of warm-up, int64[E]."""

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.session import FineTuningSession
@@ -42,28 +41,39 @@ class ReferenceCurves:
     def __init__(self, curves: dict[str, tuple[float, ...]]) -> None:
         self._curves = curves
 
-    def curve(self, job: Job, seed: int, *, measured: Measured = "decisions") -> tuple[float, ...]:
+    def curve(
+        self, job: Job, seed: int, *, measured: Measured = "decisions", settings: ScheduleSettings | None = None
+    ) -> tuple[float, ...]:
         """Log-loss before the first and after every decision interval, one value more than there are intervals.
 
         A reference that is not finite (a default rate that destroys the model) counts as no improvement from there on.
+
+        Args:
+            job: The job.
+            seed: Of its data order.
+            measured: When losses are measured.
+            settings: When decisions come; None takes the usual times.
         """
-        key = reference_key(job.task, seed, measured)
+        settings = settings or ScheduleSettings()
+        key = reference_key(job.task, seed, measured, settings)
         if key not in self._curves:
-            self._curves[key] = _run_reference(job, seed, measured)
+            self._curves[key] = _run_reference(job, seed, measured, settings.intervals(job.task.steps))
         return self._curves[key]
 
 
-def reference_key(task: FineTuningTask, seed: int, measured: Measured = "decisions") -> str:
+def reference_key(task: FineTuningTask, seed: int, measured: Measured, settings: ScheduleSettings) -> str:
     """What decides a reference run; jobs that share it share the curve."""
     ends = "|end" if measured == "end" else ""
-    return f"{task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}{ends}"
+    intervals = settings.intervals(task.steps)
+    times = "" if intervals == ScheduleSettings().intervals(task.steps) else f"|{intervals}"
+    return f"{task.model_dump_json(exclude={'name', 'test_examples'})}|{seed}{ends}{times}"
 
 
-def _run_reference(job: Job, seed: int, measured: Measured) -> tuple[float, ...]:
+def _run_reference(job: Job, seed: int, measured: Measured, intervals: tuple[int, ...]) -> tuple[float, ...]:
     session = FineTuningSession(job, seed=seed, record=False)
     schedule = given_rate_schedule("linear", job.task.steps, job.task.learning_rate, WARMUP_FRACTION)
     curve = [math.log(max(session.evaluate("validation").loss, 1e-12))]
-    for num_steps in decision_intervals(job.task.steps):
+    for num_steps in intervals:
         session.run_interval(num_steps, schedule)
         if measured == "end" and session.step < job.task.steps:
             curve.append(curve[0])

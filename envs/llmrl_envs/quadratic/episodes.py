@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
-from llmrl_envs.interface.base_schedule import decision_intervals
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
 from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
@@ -24,7 +23,7 @@ from llmrl_envs.quadratic.model import NoisyQuadratics, QuadraticDistribution
 _CAPABILITIES = frozenset({UpdateChoice.NONE, UpdateChoice.ROLLBACK, UpdateChoice.COOLDOWN})
 _LOSS, _VALIDATION = GROUPS.index(FeatureGroup.LOSS), GROUPS.index(FeatureGroup.VALIDATION)
 _MOST_DECISIONS = 64
-"""`decision_intervals` never gives more than 50."""
+"""The usual number of decisions never gives more than 50."""
 _HIGHEST_LOSS = 1e12
 """What a loss beyond every number is told as: `info` holds finite numbers only."""
 
@@ -79,7 +78,9 @@ class QuadraticEpisodes:
         self._can_roll_back = any(action.choice is UpdateChoice.ROLLBACK for action in self.table.actions)
         self.jobs = QuadraticJobs(num_envs, distribution.dimension)
         self._steering = self._new_steering(np.arange(num_envs))
-        self._intervals: Integers = np.zeros((num_envs, _MOST_DECISIONS), np.int64)
+        # Rounding gives at most an eighth more decisions than were asked for, and there are some at the beginning.
+        most = max(_MOST_DECISIONS, self.schedule_settings.decisions * 9 // 8 + 10)
+        self._intervals: Integers = np.zeros((num_envs, most), np.int64)
         self._decision: Integers = np.zeros(num_envs, np.int64)
         self._action: Integers = np.full(num_envs, -1, np.int64)
         self._log_loss: Floats = np.zeros(num_envs)
@@ -95,7 +96,8 @@ class QuadraticEpisodes:
     def begin(self, lanes: Integers, quadratics: NoisyQuadratics) -> NDArray[np.float32]:  # [len(lanes), O]
         """Starts one job in each of `lanes` and returns their first observations."""
         self.jobs.start(lanes, quadratics)
-        self._intervals[lanes] = [_padded_intervals(int(steps)) for steps in quadratics.total_steps]
+        every = [self.schedule_settings.intervals(int(steps)) for steps in quadratics.total_steps]
+        self._intervals[lanes] = [own + (0,) * (self._intervals.shape[1] - len(own)) for own in every]
         self._decision[lanes], self._action[lanes], self._return[lanes] = 0, -1, 0.0
         self._diverged[lanes] = False
         self._begin_rewards(lanes, quadratics)
@@ -217,11 +219,6 @@ class QuadraticEpisodes:
 
 
 @lru_cache(maxsize=4096)
-def _padded_intervals(total_steps: int) -> tuple[int, ...]:
-    intervals = decision_intervals(total_steps)
-    return intervals + (0,) * (_MOST_DECISIONS - len(intervals))
-
-
 def _without_noise(spec: RewardSpec) -> RewardSpec:
     if spec.average_intervals != 0.0 or spec.baseline != "none":
         raise UserError(

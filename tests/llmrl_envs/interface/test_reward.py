@@ -113,7 +113,7 @@ def test_holding_is_subtracted_and_a_divergence_stays_below():
     reference = [1.0, 1.0, 1.0, 0.5]
     returns = []
     for final in (0.4, 0.5, 1.0 + spec.divergence_rise(0.5), 9.0):
-        account = EpisodeAccount(spec, reference, 6)
+        account = EpisodeAccount(spec, reference, (2, 2, 2))
         for _ in range(2):
             account.settle(1.0, switched=False, rolled_back=False, baseline_drop=0.0)
         account.settle(final, switched=False, rolled_back=False, baseline_drop=0.5)

@@ -71,6 +71,7 @@ def test_settings_out_of_range_are_refused_by_name():
     bad = {
         "base": "linaer", "warmup_fraction": 1.0, "start": "gvien", "rollbacks": -1, "cooldown_progress": 1.5,
         "smoothing": 0.0, "earliest_cooldown": 1.5, "earliest_move": -0.1, "latest_move": 1.1,
+        "decisions": 0,
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(UserError, match=name if name != "base" else "base schedule"):
@@ -98,6 +99,25 @@ def test_intervals_of_a_budget_known_by_heart():
     assert decision_intervals(400) == (2, 2, 2, 2, 5, 5, 5) + (10,) * 37 + (7,)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         decision_intervals(0)
+
+
+def test_intervals_of_another_number_of_decisions():
+    for num_decisions in (1, 3, 20, 200):
+        for early in (False, True):
+            for total_steps in (1, 7, 60, 401, 3000):
+                intervals = decision_intervals(total_steps, num_decisions, early=early)
+                usual = max(4, round(total_steps / num_decisions))
+                assert sum(intervals) == total_steps
+                assert max(intervals) <= usual + usual // 2
+                assert len(intervals) <= num_decisions * 9 // 8 + (9 if early else 2)
+                assert early or set(intervals[:-1]) <= {usual}
+
+
+def test_settings_tell_when_decisions_come():
+    assert ScheduleSettings().intervals(400) == decision_intervals(400)
+    assert ScheduleSettings(decisions=4, early_decisions=False).intervals(400) == (100,) * 4
+    assert "decisions" not in ScheduleSettings().identity()
+    assert ScheduleSettings(decisions=4).identity() != ScheduleSettings().identity()
 
 
 # -- levels and rates -----------------------------------------------------------------------------------------------

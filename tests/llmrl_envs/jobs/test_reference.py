@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from llmrl_envs.interface.base_schedule import decision_intervals
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs import reference
 from llmrl_envs.jobs.reference import ReferenceCurves, given_rate_schedule
 from llmrl_envs.jobs.session import FineTuningSession
@@ -17,7 +18,7 @@ def num_runs(monkeypatch):
     runs = []
     original = reference._run_reference
     monkeypatch.setattr(
-        reference, "_run_reference", lambda job, seed, measured: runs.append(seed) or original(job, seed, measured)
+        reference, "_run_reference", lambda job, seed, *rest: runs.append(seed) or original(job, seed, *rest)
     )
     return runs
 
@@ -51,6 +52,16 @@ def test_each_task_and_seed_runs_once_whatever_the_task_is_called(make_job, num_
     assert curves.curve(make_job(steps=4), 1) != first
     assert curves.curve(make_job(steps=4, learning_rate=1e-2), 0) != first
     assert num_runs == [0, 1, 0]
+
+
+def test_a_curve_has_the_times_of_the_decisions(make_job, num_runs):
+    curves, settings = ReferenceCurves({}), ScheduleSettings(decisions=3, early_decisions=False)
+    usual = curves.curve(make_job(steps=15), 0)
+    seldom = curves.curve(make_job(steps=15), 0, settings=settings)
+    assert settings.intervals(15) == (5, 5, 5)
+    assert len(seldom) == 4
+    assert (seldom[0], seldom[-1]) == (usual[0], usual[-1])
+    assert num_runs == [0, 0]
 
 
 def test_a_default_rate_that_destroys_the_model_counts_as_no_improvement(make_job):

@@ -7,18 +7,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmrl_envs.interface.base_schedule import decision_intervals
+from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.population.members import IntervalPlan, Member
 from llmrl_envs.jobs.population.pool import PopulationPool
 from llmrl_envs.jobs.reference import WARMUP_FRACTION, Measured, given_rate_schedule, reference_key
 
 
-def run_references(pool: PopulationPool, jobs: Sequence[tuple[Job, int]], *, measured: Measured = "decisions") -> None:
-    """Runs the references that are missing among those of `jobs` (job and seed), and keeps their curves."""
+def run_references(
+    pool: PopulationPool, jobs: Sequence[tuple[Job, int]], *, measured: Measured, settings: ScheduleSettings
+) -> None:
+    """Runs the references that are missing among those of `jobs` (job and seed), and keeps their curves.
+
+    Args:
+        pool: Runs them.
+        jobs: Job and seed of each.
+        measured: When losses are measured.
+        settings: When decisions come.
+    """
     curves = pool.library.curves
-    missing = {reference_key(job.task, seed, measured): (job, seed) for job, seed in jobs}
-    runs = {key: _Run(pool.add(*pair)) for key, pair in missing.items() if key not in curves}
+    missing = {reference_key(job.task, seed, measured, settings): (job, seed) for job, seed in jobs}
+    runs = {key: _Run(pool.add(*pair), settings) for key, pair in missing.items() if key not in curves}
     under_way = list(runs.values())
     _evaluate(pool, under_way)
     while under_way := [run for run in under_way if not run.is_over]:
@@ -36,11 +45,11 @@ def run_references(pool: PopulationPool, jobs: Sequence[tuple[Job, int]], *, mea
 class _Run:
     """A linear decay from the task's default rate."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Member, settings: ScheduleSettings) -> None:
         task = member.job.task
         self.member = member
         self.curve: list[float] = []
-        self._intervals = decision_intervals(task.steps)
+        self._intervals = settings.intervals(task.steps)
         self._schedule = given_rate_schedule("linear", task.steps, task.learning_rate, WARMUP_FRACTION)
 
     @property
