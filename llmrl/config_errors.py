@@ -12,7 +12,7 @@ from llmrl_envs.errors import UserError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from llmrl.config import section_fields
+from llmrl.config_base import section_fields
 
 EXPECTED_BY_TYPE: Mapping[str, str] = {
     "int_parsing": "a whole number",

@@ -12,7 +12,8 @@ import yaml
 from llmrl_envs.errors import UserError
 from pydantic import ValidationError
 
-from llmrl.config import CONFIG_MODELS, CompareConfig, ConfigKind, FinetuneConfig, Settings, TrainConfig
+from llmrl.config import CONFIG_MODELS, CompareConfig, ConfigKind, FinetuneConfig, TrainConfig
+from llmrl.config_base import Settings
 from llmrl.config_errors import Problem, combine_problems, place_of, problems_of
 
 KIND_KEYS: Mapping[ConfigKind, frozenset[str]] = {

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from llmrl.decisions import DecisionRecord, decision_row
 from llmrl.live.capabilities import HostCapabilities
-from llmrl.live.job import JobOptions, LiveJob
+from llmrl.live.job import LiveJob
+from llmrl.live.options import JobOptions
 from llmrl.live.snapshots import SnapshotPlace
 from llmrl.policy import SchedulePolicy
 from llmrl.tracking.decisions import decision_series

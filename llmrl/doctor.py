@@ -17,7 +17,8 @@ from llmrl_envs.jobs.loading import JobLibrary
 from rich.console import Console
 from rich.table import Table
 
-from llmrl.config import Settings, TrackingConfig
+from llmrl.config import TrackingConfig
+from llmrl.config_base import Settings
 from llmrl.dry_run import TaskTrial, estimate_seconds, population_of, schedule_settings_of, tasks_of, try_task
 from llmrl.run_directory import check_writable
 from llmrl.tracking import resolve_wandb_mode

@@ -19,7 +19,9 @@ from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask
 
 from llmrl.compare.names import ALWAYS_RATE_INDEPENDENT, METHOD_NAMES, NUM_JOBS, POLICY_NAMES, SEARCH_TRIALS
-from llmrl.config import FINE_TUNING_ID, CompareConfig, FinetuneConfig, Settings, TrainConfig
+from llmrl.config import CompareConfig, FinetuneConfig, TrainConfig
+from llmrl.config_base import Settings
+from llmrl.config_env import FINE_TUNING_ID
 from llmrl.training.population import fitting_population
 
 NUM_TIMED_STEPS = 3

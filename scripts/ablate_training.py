@@ -62,9 +62,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "the same, no measurements seen": (STANDARDISED, f"agent.ignored_features=[loss_*,log10_step_size,{GRADIENTS}]"),
     "groups of eight jobs": ("env.groups=8",),
     "one data order": ("env.tasks.num_seeds=1",),
-    "about 5 decisions": ("env.schedule.decisions=5",),
+    "about 5 decisions": ("env.schedule.decisions_per_job=5",),
     "no early decisions": ("env.schedule.early_decisions=false",),
-    "about 5 decisions, none early": ("env.schedule.decisions=5", "env.schedule.early_decisions=false"),
+    "about 5 decisions, none early": ("env.schedule.decisions_per_job=5", "env.schedule.early_decisions=false"),
 }  # fmt: skip
 FIRST_STAGE = Path(__file__).parents[1] / "configs" / "train" / "quadratics.yaml"
 PRETRAINING = "agent.pretrain_updates=4800"

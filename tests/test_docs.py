@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from llmrl.config import AgentConfig, TrainingConfig
+from llmrl.config import TrainingConfig
+from llmrl.config_agent import AgentConfig
 from llmrl.dqn.config import PRESETS, DQNConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "dqn.md").read_text(encoding="utf-8")

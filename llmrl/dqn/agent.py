@@ -1,4 +1,4 @@
-"""The agent interface, and the DQN agent: acts, stores what happened, learns, saves and resumes bit for bit.
+"""The DQN agent: acts, stores what happened, learns, saves and resumes bit for bit.
 
 agent = DQNAgent(DQNConfig(seed=0), num_envs=1, obs_shape=(4,), num_actions=2)
 action = agent.act(obs, mask, explore=True)                        # [E, O], [E, A] -> [E]
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,7 @@ from safetensors.torch import save_file
 from llmrl.dqn.acting import check_mask, greedy_actions
 from llmrl.dqn.agent_files import read_json, read_tensors, restoring, write_json
 from llmrl.dqn.config import DQNConfig
-from llmrl.dqn.exploration import (
-    GREEDY,
-    EpsilonGreedy,
-    EpsilonSchedule,
-    ExponentialEpsilon,
-    LadderEpsilon,
-    LinearEpsilon,
-)
+from llmrl.dqn.exploration import GREEDY, make_exploration
 from llmrl.dqn.learner import Learner, UpdateResult
 from llmrl.dqn.network_file import save_network
 from llmrl.dqn.networks import RunningStatistics
@@ -39,50 +32,6 @@ from llmrl.dqn.replay_checks import is_finite
 FORMAT_VERSION = 1
 UNSEEN_DEVIATION = 1e30  # standardised by this an entry is zero, in every form in which a network is exported
 FEW_OBS = 8  # up to so many observations at once NumPy is faster than torch
-
-
-class Agent(Protocol):
-    """What a training loop needs of an agent; every array has the environments E as its leading dimension."""
-
-    @property
-    def env_steps(self) -> int:
-        """Transitions observed."""
-
-    @property
-    def learner_steps(self) -> int:
-        """Updates done."""
-
-    def act(self, obs: NDArray[Any], mask: NDArray[np.bool_], *, explore: bool) -> NDArray[np.int64]:
-        """Actions [E] for observations [E, *obs_shape] among those available in mask [E, A]."""
-
-    def q_values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
-        """Action values (or preferences) [E, A]."""
-
-    def observe(
-        self,
-        obs: NDArray[Any],
-        action: NDArray[np.int64],
-        reward: NDArray[np.floating[Any]],
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-        next_obs: NDArray[Any],
-        mask: NDArray[np.bool_] | None = None,
-        next_mask: NDArray[np.bool_] | None = None,
-        valid: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Stores one step of every environment; lanes where `valid` is False are left out."""
-
-    def end_episodes(self) -> None:
-        """The episodes under way will not be continued."""
-
-    def learn(self) -> dict[str, float] | None:
-        """Does the updates that are due after the last `observe`; None when there were none."""
-
-    def save(self, directory: Path) -> None:
-        """Writes everything that `load` needs to go on exactly."""
-
-    def load(self, directory: Path) -> None:
-        """Restores what `save` wrote."""
 
 
 class DQNAgent:
@@ -382,21 +331,6 @@ class DQNAgent:
         self.env_steps = state["env_steps"]
         self._scheduled_updates = state["scheduled_updates"]
         return state
-
-
-def make_exploration(config: DQNConfig, num_envs: int, rng: np.random.Generator) -> EpsilonGreedy:
-    """Exploration as a configuration asks for it, with a generator of its own."""
-    schedule = _epsilon_schedule(config, num_envs)
-    return EpsilonGreedy(schedule, num_envs, rng, max_repeat=config.exploration_max_repeat)
-
-
-def _epsilon_schedule(config: DQNConfig, num_envs: int) -> EpsilonSchedule:
-    ends = (config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps)
-    if config.epsilon_schedule == "exponential":
-        return ExponentialEpsilon(*ends)
-    if config.epsilon_schedule == "ladder":
-        return LadderEpsilon(LinearEpsilon(*ends), config.epsilon_ladder_exponent, num_envs)
-    return LinearEpsilon(*ends)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrl.dqn.acting import check_mask, random_actions
+from llmrl.dqn.config import DQNConfig
 from llmrl.dqn.schedules import geometric, linear
 
 GREEDY = -1
@@ -205,3 +206,18 @@ def _check_probability(**values: float) -> None:
 def _check_decay_steps(decay_steps: int) -> None:
     if decay_steps < 1:
         raise ValueError(f"decay_steps: expected a positive number, got {decay_steps}")
+
+
+def make_exploration(config: DQNConfig, num_envs: int, rng: np.random.Generator) -> EpsilonGreedy:
+    """Exploration as a configuration asks for it, with a generator of its own."""
+    schedule = _epsilon_schedule(config, num_envs)
+    return EpsilonGreedy(schedule, num_envs, rng, max_repeat=config.exploration_max_repeat)
+
+
+def _epsilon_schedule(config: DQNConfig, num_envs: int) -> EpsilonSchedule:
+    ends = (config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps)
+    if config.epsilon_schedule == "exponential":
+        return ExponentialEpsilon(*ends)
+    if config.epsilon_schedule == "ladder":
+        return LadderEpsilon(LinearEpsilon(*ends), config.epsilon_ladder_exponent, num_envs)
+    return LinearEpsilon(*ends)

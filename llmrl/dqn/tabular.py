@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from llmrl.dqn.acting import check_mask, greedy_actions
-from llmrl.dqn.agent import make_exploration
 from llmrl.dqn.agent_files import read_json, read_tensors, restoring, write_json
 from llmrl.dqn.config import DQNConfig
-from llmrl.dqn.exploration import GREEDY
+from llmrl.dqn.exploration import GREEDY, make_exploration
 
 FORMAT_VERSION = 1
 STEP_EXPONENT = 0.6

@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.recorder import StatisticsRecorder
-from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.interface.statistics import empty_statistics
 from llmrl_envs.interface.tensor_sums import full_tensor
 from llmrl_envs.jobs.layers import lower_half
@@ -27,6 +25,7 @@ from torch.nn import Parameter
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
 from llmrl.live.generators import Generators
+from llmrl.live.job_state import decision_state, restored_decision, to_arrays, to_tensors
 from llmrl.live.labels import model_label_nats
 from llmrl.live.optimizers import (
     RateSetter,
@@ -36,6 +35,7 @@ from llmrl.live.optimizers import (
     skip_unless,
     take_steps_again,
 )
+from llmrl.live.options import JobOptions
 from llmrl.live.parameters import SteeredParameters, find_parameters, reshard
 from llmrl.live.processes import Processes
 from llmrl.live.snapshots import Snapshot, restore_state, state_tensors
@@ -43,31 +43,6 @@ from llmrl.policy import SchedulePolicy
 
 _LOGGER = logging.getLogger("llmrl")
 _PRESENT, _BEST = "present.", "best."
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """How a job is steered.
-
-    Attributes:
-        total_steps: Its budget in optimizer steps.
-        first_step: Steps that it has done already.
-        max_grad_norm: Norm that gradients are clipped to; infinity does not clip.
-        base_rates: The parameter groups' own rates; None reads them from the optimizer.
-        settings: Schedule settings; None takes the policy's.
-        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns.
-        snapshots: Whether and where the best state is kept.
-        snapshot_path: File of a snapshot on disk, without the rank and the suffix.
-    """
-
-    total_steps: int
-    first_step: int = 0
-    max_grad_norm: float = math.inf
-    base_rates: tuple[float, ...] | None = None
-    settings: ScheduleSettings | None = None
-    guarded: bool = True
-    snapshots: bool = False
-    snapshot_path: Path | None = None
 
 
 class LiveJob:
@@ -345,7 +320,6 @@ class LiveJob:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the job's later decisions depend on, as tensors and plain values."""
-        decision = self._decision
         state: dict[str, Any] = {
             "step": self.step,
             "done": self._done,
@@ -353,20 +327,11 @@ class LiveJob:
             "intervals": list(self.loop.intervals),
             "policy": self._policy_digest(),
             "multipliers": list(self._rates.multipliers),
-            "loop": _to_tensors(self.loop.state_dict()),
+            "loop": to_tensors(self.loop.state_dict()),
             "recorder": self._recorder.state_dict(),
             "generators": list(self._generators.own),
-            "decision": {
-                "index": decision.index,
-                "step": decision.step,
-                "action": decision.action,
-                "action_name": decision.action_name,
-                "rollback": decision.rollback,
-                "arrays": _to_tensors({
-                    "observation": decision.observation, "q_values": decision.q_values, "mask": decision.mask,
-                }),
-            },
-        }  # fmt: skip
+            "decision": decision_state(self._decision),
+        }
         if self._snapshot.taken and self.capabilities.distribution is not Distribution.FSDP2:
             state["snapshot"] = {name: tensor.cpu() for name, tensor in self._snapshot.tensors().items()}
         return state
@@ -408,13 +373,11 @@ class LiveJob:
                 )
         self.step, self._done = int(state["step"]), int(state["done"])
         self.loop.intervals = tuple(state["intervals"])
-        self.loop.load_state_dict(_to_arrays(state["loop"]))
+        self.loop.load_state_dict(to_arrays(state["loop"]))
         self._recorder.resize(max(self.loop.intervals))
         self._recorder.load_state_dict(state["recorder"])
         self._generators.keep(state["generators"])
-        decision = state["decision"]
-        arrays = _to_arrays(decision["arrays"])
-        self._decision = Decision(**{k: v for k, v in decision.items() if k != "arrays"}, **arrays)
+        self._decision = restored_decision(state["decision"])
         self._look_ahead()
         if "snapshot" in state and self._keeps_snapshots:
             self._snapshot.put({name: t.to(self._processes.device) for name, t in state["snapshot"].items()})
@@ -423,11 +386,3 @@ class LiveJob:
 
     def _policy_digest(self) -> str:
         return f"{self.loop.policy.name} {self.loop.policy.digest}"
-
-
-def _to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-
-
-def _to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrl.dqn.agent import Agent
+from llmrl.dqn.interface import Agent
 
 SMALLEST_UNIT = 0.25
 """Least unit of contrasts, as a return: where no member gains much, differences are noise."""

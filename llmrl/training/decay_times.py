@@ -28,7 +28,7 @@ from llmrl_envs.interface.base_schedule import WSD_DECAY_FRACTIONS, BaseName
 from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
-from llmrl.dqn.agent import Agent
+from llmrl.dqn.interface import Agent
 from llmrl.training.contrasts import GroupScript, Sight, in_units_of_best, store_contrast
 
 

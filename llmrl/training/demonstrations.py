@@ -17,7 +17,7 @@ from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
 
-from llmrl.dqn.agent import Agent
+from llmrl.dqn.interface import Agent
 
 SHAPES: tuple[BaseName, ...] = ("linear", "cosine", "wsd")
 _RESOLUTION = 1000

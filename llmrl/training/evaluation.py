@@ -12,8 +12,9 @@ from gymnasium.vector import VectorEnv
 from llmrl_envs.jobs.loading import JobLibrary
 from numpy.typing import NDArray
 
-from llmrl.config import FINE_TUNING_ID, TrainConfig
-from llmrl.dqn.agent import Agent
+from llmrl.config import TrainConfig
+from llmrl.config_env import FINE_TUNING_ID
+from llmrl.dqn.interface import Agent
 from llmrl.dqn.lanes import episode_seed
 from llmrl.policy import SchedulePolicy
 from llmrl.training.setup import Environment, make_environment, make_evaluation_environment, schedule_language

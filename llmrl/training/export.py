@@ -13,7 +13,7 @@ from llmrl_envs.jobs.task import TaskDistribution
 import llmrl
 from llmrl.config import TrainConfig
 from llmrl.config_loading import load_config
-from llmrl.dqn.agent import Agent
+from llmrl.dqn.interface import Agent
 from llmrl.dqn.network_file import load_network
 from llmrl.policy import SchedulePolicy
 from llmrl.training.setup import Environment, schedule_language

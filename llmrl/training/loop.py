@@ -20,7 +20,8 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
-from llmrl.config import FINE_TUNING_ID, EnvConfig, TrainConfig
+from llmrl.config import TrainConfig
+from llmrl.config_env import FINE_TUNING_ID, EnvConfig
 from llmrl.config_loading import config_to_yaml, load_config
 from llmrl.dqn.agent import DQNAgent
 from llmrl.dqn.collector import Collector, Episode

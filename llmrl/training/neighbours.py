@@ -23,7 +23,7 @@ from llmrl_envs.interface.action import ActionTable, UpdateChoice
 from llmrl_envs.interface.observation import ObservationSpec
 from numpy.typing import NDArray
 
-from llmrl.dqn.agent import Agent
+from llmrl.dqn.interface import Agent
 from llmrl.training.contrasts import GroupScript, Sight, in_units_of_best, store_contrast
 
 PLACES = (0, -3, -2, -1, 1, 2, 3)

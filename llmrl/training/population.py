@@ -13,7 +13,7 @@ from llmrl_envs.jobs.population.passes import is_out_of_memory
 from llmrl_envs.jobs.population.pool import PopulationPool
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
-from llmrl.config import EnvConfig
+from llmrl.config_env import EnvConfig
 from llmrl.failures import print_message
 
 WORKER_BYTES = 500 * 2**20

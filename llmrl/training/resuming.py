@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llmrl.dqn.agent import Agent, DQNAgent
+from llmrl.dqn.agent import DQNAgent
 from llmrl.dqn.collector import Collector
+from llmrl.dqn.interface import Agent
 from llmrl.training.checkpoint import agent_folder, latest_checkpoint, read_state, save_together
 from llmrl.training.processes import Processes
 

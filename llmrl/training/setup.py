@@ -20,8 +20,10 @@ from llmrl_envs.interface.schedule import ScheduleSettings
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
-from llmrl.config import FINE_TUNING_ID, NOISY_QUADRATIC_ID, EnvConfig, TrainConfig
-from llmrl.dqn.agent import Agent, DQNAgent
+from llmrl.config import TrainConfig
+from llmrl.config_env import FINE_TUNING_ID, NOISY_QUADRATIC_ID, EnvConfig
+from llmrl.dqn.agent import DQNAgent
+from llmrl.dqn.interface import Agent
 from llmrl.dqn.reinforce import ReinforceAgent
 from llmrl.dqn.tabular import TabularAgent
 from llmrl.training.population import make_evaluation_population, make_population

@@ -91,9 +91,9 @@ def test_deciding_before_the_job_began_is_a_mistake() -> None:
 
 
 def test_decisions_come_as_often_as_the_policy_was_trained_with() -> None:
-    policy = hold_policy(ScheduleSettings(decisions=5, early_decisions=False))
+    policy = hold_policy(ScheduleSettings(decisions_per_job=5, early_decisions=False))
     assert DecisionLoop(policy, total_steps=100, given_rate=1e-5).intervals == (20,) * 5
-    other = ScheduleSettings(decisions=2, early_decisions=False)
+    other = ScheduleSettings(decisions_per_job=2, early_decisions=False)
     assert DecisionLoop(policy, total_steps=100, given_rate=1e-5, settings=other).intervals == (50, 50)
     assert DecisionLoop(policy, total_steps=100, given_rate=1e-5, first_step=40).intervals == (12,) * 5
 

@@ -189,11 +189,13 @@ def test_a_job_that_is_measured_at_its_end_is_paid_the_same_there() -> None:
         assert at_end[0][-1] == pytest.approx(sum(each[0]), abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [{"decisions": 300}, {"decisions": 5, "early_decisions": False}], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [{"decisions_per_job": 300}, {"decisions_per_job": 5, "early_decisions": False}], ids=str
+)
 def test_decisions_come_as_often_as_the_schedule_says(schedule) -> None:
     env = NoisyQuadraticEnv({"total_steps": (1200, 1200)}, schedule=schedule)
     rewards, info = play(env, 0, lambda info: env.table.hold)
-    assert len(rewards) == {300: 302, 5: 5}[schedule["decisions"]]
+    assert len(rewards) == {300: 302, 5: 5}[schedule["decisions_per_job"]]
     assert sum(rewards) == pytest.approx(info["score"], abs=1e-9)
 
 

@@ -125,7 +125,7 @@ def test_going_on_from_a_saved_state_equals_never_having_stopped(library):
 
 
 def test_decisions_come_as_often_as_the_schedule_says(library):
-    schedule = {"decisions": 3, "early_decisions": False}
+    schedule = {"decisions_per_job": 3, "early_decisions": False}
     single = gymnasium.make(ID, tasks=tasks_of(TASK), device="cpu", schedule=schedule)
     env = small(library, 2, TASK, schedule=schedule)
     job = SampledTask(env.tasks.tasks[0], 0, 1e-3, 0)

@@ -33,7 +33,9 @@ from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 TIGHT_CLIPPING = 0.25
 NUM_PROMPT_MEASUREMENTS = 4
 
-ADDED_SETTINGS = frozenset({"earliest_cooldown", "earliest_move", "latest_move", "decisions", "early_decisions"})
+ADDED_SETTINGS = frozenset(
+    {"earliest_cooldown", "earliest_move", "latest_move", "decisions_per_job", "early_decisions"}
+)
 """Settings that policies of earlier versions lack: they have the default."""
 
 _MOST_ROLLBACKS = 10**6
@@ -57,7 +59,7 @@ class ScheduleSettings:
         earliest_move: Share of the budget from which the level may move.
         latest_move: Share of the budget after which it may not.
         smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
-        decisions: About how many decisions a job has, as long as four optimizer steps lie between them.
+        decisions_per_job: About how many decisions a job has, as long as four optimizer steps lie between them.
         early_decisions: Seven of them come sooner at the beginning, where a wrong rate does its damage.
     """
 
@@ -70,7 +72,7 @@ class ScheduleSettings:
     earliest_move: float = 0.0
     latest_move: float = 1.0
     smoothing: float = 0.5
-    decisions: int = USUAL_DECISIONS
+    decisions_per_job: int = USUAL_DECISIONS
     early_decisions: bool = True
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class ScheduleSettings:
             ("earliest_move", "a share of the budget in [0, 1]", 0.0 <= self.earliest_move <= 1.0),
             ("latest_move", "a share of the budget in [0, 1]", 0.0 <= self.latest_move <= 1.0),
             ("smoothing", "a weight in (0, 1]", 0.0 < self.smoothing <= 1.0),
-            ("decisions", f"1 to {_MOST_DECISIONS}", 1 <= self.decisions <= _MOST_DECISIONS),
+            ("decisions_per_job", f"1 to {_MOST_DECISIONS}", 1 <= self.decisions_per_job <= _MOST_DECISIONS),
         ):
             if not fits:
                 raise UserError(
@@ -108,7 +110,7 @@ class ScheduleSettings:
 
     def intervals(self, total_steps: int) -> tuple[int, ...]:
         """Optimizer steps between the decisions of a job, see `decision_intervals`."""
-        return decision_intervals(total_steps, self.decisions, early=self.early_decisions)
+        return decision_intervals(total_steps, self.decisions_per_job, early=self.early_decisions)
 
     def warmup_steps(self, total_steps: Integers) -> Integers:
         """Optimizer steps of warm-up, int64[E]."""

@@ -79,7 +79,7 @@ class QuadraticEpisodes:
         self.jobs = QuadraticJobs(num_envs, distribution.dimension)
         self._steering = self._new_steering(np.arange(num_envs))
         # Rounding gives at most an eighth more decisions than were asked for, and there are some at the beginning.
-        most = max(_MOST_DECISIONS, self.schedule_settings.decisions * 9 // 8 + 10)
+        most = max(_MOST_DECISIONS, self.schedule_settings.decisions_per_job * 9 // 8 + 10)
         self._intervals: Integers = np.zeros((num_envs, most), np.int64)
         self._decision: Integers = np.zeros(num_envs, np.int64)
         self._action: Integers = np.full(num_envs, -1, np.int64)

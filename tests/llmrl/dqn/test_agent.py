@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmrl.dqn.acting import greedy_actions, random_actions
-from llmrl.dqn.agent import Agent, DQNAgent
+from llmrl.dqn.agent import DQNAgent
 from llmrl.dqn.config import DQNConfig
+from llmrl.dqn.interface import Agent
 from llmrl.dqn.network_file import load_network
 from llmrl.dqn.reinforce import ReinforceAgent
 from llmrl.dqn.tabular import TabularAgent

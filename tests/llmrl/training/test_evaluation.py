@@ -10,7 +10,7 @@ from llmrl_envs.fine_tuning import FineTuningEnv
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
-from llmrl.config import EnvConfig
+from llmrl.config_env import EnvConfig
 from llmrl.training.evaluation import evaluate
 from llmrl.training.setup import make_environment, make_evaluation_environment
 

@@ -16,7 +16,8 @@ from llmrl_envs.jobs.population.session import PopulationSession
 from llmrl_envs.jobs.population.training import PopulationTraining
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 
-from llmrl.config import EnvConfig, TrainConfig
+from llmrl.config import TrainConfig
+from llmrl.config_env import EnvConfig
 from llmrl.dqn.collector import Collector
 from llmrl.run_directory import read_jsonl
 from llmrl.training import population

@@ -71,7 +71,7 @@ def test_settings_out_of_range_are_refused_by_name():
     bad = {
         "base": "linaer", "warmup_fraction": 1.0, "start": "gvien", "rollbacks": -1, "cooldown_progress": 1.5,
         "smoothing": 0.0, "earliest_cooldown": 1.5, "earliest_move": -0.1, "latest_move": 1.1,
-        "decisions": 0,
+        "decisions_per_job": 0,
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(UserError, match=name if name != "base" else "base schedule"):
@@ -115,9 +115,9 @@ def test_intervals_of_another_number_of_decisions():
 
 def test_settings_tell_when_decisions_come():
     assert ScheduleSettings().intervals(400) == decision_intervals(400)
-    assert ScheduleSettings(decisions=4, early_decisions=False).intervals(400) == (100,) * 4
-    assert "decisions" not in ScheduleSettings().identity()
-    assert ScheduleSettings(decisions=4).identity() != ScheduleSettings().identity()
+    assert ScheduleSettings(decisions_per_job=4, early_decisions=False).intervals(400) == (100,) * 4
+    assert "decisions_per_job" not in ScheduleSettings().identity()
+    assert ScheduleSettings(decisions_per_job=4).identity() != ScheduleSettings().identity()
 
 
 # -- levels and rates -----------------------------------------------------------------------------------------------

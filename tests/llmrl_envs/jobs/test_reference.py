@@ -55,7 +55,7 @@ def test_each_task_and_seed_runs_once_whatever_the_task_is_called(make_job, num_
 
 
 def test_a_curve_has_the_times_of_the_decisions(make_job, num_runs):
-    curves, settings = ReferenceCurves({}), ScheduleSettings(decisions=3, early_decisions=False)
+    curves, settings = ReferenceCurves({}), ScheduleSettings(decisions_per_job=3, early_decisions=False)
     usual = curves.curve(make_job(steps=15), 0)
     seldom = curves.curve(make_job(steps=15), 0, settings=settings)
     assert settings.intervals(15) == (5, 5, 5)
