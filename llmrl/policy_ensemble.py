@@ -50,14 +50,21 @@ def ensemble_policy(sources: Sequence[str], lower_bound: float) -> SchedulePolic
                     got=value(policy),
                     where=f"{_WHERE}, {source}",
                 )
-    provenance = {
-        "name": "ensemble",
-        "lower_bound": lower_bound,
-        "members": [{"digest": policy.digest, **policy.provenance} for policy in policies],
-    }
+    provenance = {**_provenance(policies), "name": "ensemble", "lower_bound": lower_bound}
     holds_on = dict.fromkeys(kind for policy in policies for kind in policy.holds_on)
     network = join_networks(networks, lower_bound)
     return SchedulePolicy(first.table, first.spec, first.settings, network, provenance, tuple(holds_on))
+
+
+def _provenance(policies: Sequence[SchedulePolicy]) -> dict[str, Any]:
+    """What all members have in common once, and of each what is its own."""
+    first, *others = (policy.provenance for policy in policies)
+    common = {key for key in first if all(key in other and other[key] == first[key] for other in others)}
+    members = [
+        {"digest": policy.digest, **{key: value for key, value in policy.provenance.items() if key not in common}}
+        for policy in policies
+    ]
+    return {**{key: value for key, value in first.items() if key in common}, "members": members}
 
 
 def _network(policy: SchedulePolicy, source: str) -> QNetwork:

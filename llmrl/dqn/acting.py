@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,9 +27,14 @@ def greedy_actions(
     mask: NDArray[np.bool_] | None = None,  # [E, A], True = available
     *,
     default_action: int | None = None,
-    margin: float = 0.0,
+    margin: float | Sequence[float] = 0.0,  # or [A]
 ) -> NDArray[np.int64]:  # [E]
-    """The available action of highest value; the default action unless another exceeds it by more than `margin`."""
+    """The available action of highest value; the default action unless another exceeds it by more than `margin`.
+
+    With a margin for each action, the one that exceeds its own by most.
+    """
+    if not isinstance(margin, float):
+        q, margin = q - np.asarray(margin, q.dtype), 0.0
     if mask is not None and np.count_nonzero(mask) < mask.size:
         q = np.where(mask, q, -np.inf)
     best: NDArray[np.int64] = q.argmax(axis=1)

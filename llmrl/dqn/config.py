@@ -7,7 +7,7 @@ Each feature is one flag, so that an ablation changes one line. `DQNConfig.prese
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +15,10 @@ PresetName = Literal["nature", "default"]
 
 # 0.01 in Mnih et al. 2015, whose gradients are sums over 32 transitions where ours are means.
 PUBLISHED_RMSPROP_EPSILON = 0.01 / 32**2
+
+
+Margin: TypeAlias = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
+"""By how much an action's Q must exceed the default action's: one number, or one for each action."""
 
 
 class NetworkConfig(BaseModel):
@@ -39,7 +43,7 @@ class NetworkConfig(BaseModel):
     cvar_level: float = Field(default=1.0, gt=0, le=1)
     normalize_obs: bool = False
     default_action: int | None = Field(default=None, ge=0)
-    default_action_margin: float = Field(default=0.0, ge=0)
+    default_action_margin: Margin = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> NetworkConfig:
@@ -55,6 +59,8 @@ class NetworkConfig(BaseModel):
             raise ValueError(
                 f"default_action: expected below num_actions={self.num_actions}, got {self.default_action}"
             )
+        if isinstance(self.default_action_margin, tuple):
+            self._check_margins(self.default_action_margin)
         if self.branches is not None:
             if self.head != "expected":
                 raise ValueError(f"branches: expected head 'expected', got {self.head!r}")
@@ -63,6 +69,14 @@ class NetworkConfig(BaseModel):
                     f"branches: expected sizes whose product is num_actions={self.num_actions}, got {self.branches}"
                 )
         return self
+
+    def _check_margins(self, margins: tuple[float, ...]) -> None:
+        default = self.default_action
+        if len(margins) != self.num_actions or default is None or margins[default] != 0.0:
+            raise ValueError(
+                "default_action_margin: expected one number, or a default_action and one for each of"
+                f" {self.num_actions} actions, 0 for the default one; got {margins} with default_action {default}"
+            )
 
 
 class DQNConfig(BaseModel):
@@ -156,7 +170,9 @@ class DQNConfig(BaseModel):
 
     # A good default.
     default_action: int | None = Field(None, ge=0, description="greedy from the start, before anything is learned")
-    default_action_margin: float = Field(0.0, ge=0, description="by how much another action's Q must exceed it")
+    default_action_margin: Margin = Field(
+        0.0, description="by how much another action's Q must exceed it; one number, or one for each action"
+    )
 
     seed: int = Field(0, ge=0)
 
@@ -183,7 +199,11 @@ class DQNConfig(BaseModel):
             raise ValueError("noisy: expected epsilon_schedule 'linear' or 'exponential', got 'ladder'")
         if self.gamma_end is not None and max(self.gamma, self.gamma_end) >= 1 and self.gamma != self.gamma_end:
             raise ValueError(f"gamma_end: expected both ends below 1, got {self.gamma} and {self.gamma_end}")
-        smallest = math.prod(self.branches) if self.branches else (self.default_action or 0) + 1
+        margins, smallest = self.default_action_margin, (self.default_action or 0) + 1
+        if self.branches:
+            smallest = math.prod(self.branches)
+        elif isinstance(margins, tuple):
+            smallest = max(len(margins), smallest)
         self.network((1, 1, 1), smallest)
         return self
 

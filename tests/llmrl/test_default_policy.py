@@ -53,31 +53,45 @@ def test_it_decays_unless_sure_and_names_no_place_of_its_maker() -> None:
     assert policy.network is not None
     config = policy.network.config
     assert config.default_action == policy.table.names.index("cooldown")
-    assert config.default_action_margin > 0.0
+    margins = dict(zip(policy.table.names, config.default_action_margin, strict=True))
+    assert margins["one_up"] > margins["hold"] > margins["cooldown"] == 0.0
     assert not any(Path(folder).is_absolute() for folder in policy.provenance["agent"]["experience"])
 
 
 @pytest.mark.parametrize(
     ("cosine", "signal_to_noise", "action"),
-    [(0.3, -0.3, "hold"), (0.0, -0.5, "cooldown"), (-0.05, -0.6, "cooldown"), (0.0, 0.0, "cooldown")],
+    [(0.3, -0.3, "hold"), (0.0, -0.5, "cooldown"), (-0.05, -0.6, "cooldown")],
 )
 def test_it_waits_with_the_decay_while_gradients_agree(cosine: float, signal_to_noise: float, action: str) -> None:
-    """The last case is what a host shows that cannot measure them."""
+    assert set(decided([0.06, 0.1, 0.2, 0.3, 0.4], cosine, signal_to_noise)) == {action}
+
+
+def test_it_rises_where_they_agree_well() -> None:
+    assert decided([0.2], 0.6, -0.1) == ["one_up"]
+
+
+def test_what_a_host_cannot_measure_is_no_reason_to_rise() -> None:
+    assert set(decided([0.06, 0.1, 0.15, 0.2], 0.0, 0.0)) <= {"hold", "cooldown"}
+    assert set(decided([0.3, 0.4, 0.5], 0.0, 0.0)) == {"cooldown"}
+
+
+def decided(progress: list[float], cosine: float, signal_to_noise: float) -> list[str]:
+    """Actions where all ten decisions that it sees show the same."""
     policy = SchedulePolicy.from_pretrained("default")
-    progress = np.array([0.06, 0.1, 0.2, 0.3, 0.4], np.float32)
-    obs = np.zeros((len(progress), policy.spec.size), np.float32)
+    shares = np.array(progress, np.float32)
+    obs = np.zeros((len(shares), policy.spec.size), np.float32)
     for index, name in enumerate(policy.spec.names):
         base = name.partition("@")[0]
         if base == "progress":
-            obs[:, index] = progress
+            obs[:, index] = shares
         elif base.startswith("progress_tanh_"):
-            obs[:, index] = np.tanh(10.0 * (progress - float(base.removeprefix("progress_tanh_"))))
+            obs[:, index] = np.tanh(10.0 * (shares - float(base.removeprefix("progress_tanh_"))))
         elif base == "momentum_cosine":
             obs[:, index] = cosine
         elif base == "log10_signal_to_noise":
             obs[:, index] = signal_to_noise
-    found = policy.act(obs, np.ones((len(progress), policy.table.num_actions), np.bool_)).actions
-    assert {policy.table.names[choice] for choice in found} == {action}
+    found = policy.act(obs, np.ones((len(shares), policy.table.num_actions), np.bool_)).actions
+    return [policy.table.names[choice] for choice in found]
 
 
 def test_it_acts_within_the_mask() -> None:

@@ -78,6 +78,17 @@ def test_values_are_mean_less_deviations_of_the_members(tmp_path, observations, 
     np.testing.assert_allclose(arrays.q_values, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_members_have_in_common_is_told_once(tmp_path):
+    for seed in range(2):
+        provenance = {"name": "dqn", "seed": seed, "tasks": ["a", "b"]}
+        SchedulePolicy(TABLE, SPEC, ScheduleSettings(), network(seed), provenance).save_pretrained(tmp_path / str(seed))
+    told = ensemble_policy([str(tmp_path / "0"), str(tmp_path / "1")], 1.0).provenance
+    assert {key: told[key] for key in ("name", "lower_bound", "tasks")} == {
+        "name": "ensemble", "lower_bound": 1.0, "tasks": ["a", "b"],
+    }  # fmt: skip
+    assert [set(member) for member in told["members"]] == [{"digest", "seed"}] * 2
+
+
 def test_the_bound_makes_another_policy(tmp_path):
     sources = [write(tmp_path / str(seed), seed) for seed in range(2)]
     assert ensemble_policy(sources, 0.0).digest != ensemble_policy(sources, 1.0).digest

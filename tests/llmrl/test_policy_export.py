@@ -30,6 +30,10 @@ SHAPES: list[dict[str, Any]] = [
     {"noisy": True, "normalize_obs": True},
     {"branches": (3, 3), "dueling": True},
     {"default_action": TABLE.hold, "default_action_margin": 0.05},
+    {
+        "default_action": TABLE.hold,
+        "default_action_margin": tuple(0.0 if i == TABLE.hold else 0.02 * i for i in range(TABLE.num_actions)),
+    },
 ]
 
 

@@ -211,6 +211,36 @@ def test_ties_go_to_the_default_action() -> None:
     assert greedy_actions(np.zeros((1, 3), dtype=np.float32), default_action=2).tolist() == [2]
 
 
+def test_every_action_can_have_a_margin_of_its_own():
+    q = np.array([[0.5, 0.3, 0.0], [0.9, 0.3, 0.0], [0.5, 0.1, 0.0], [0.9, 0.95, 0.1]], dtype=np.float32)
+    margins = (0.6, 0.2, 0.0)
+    assert greedy_actions(q, default_action=2, margin=margins).tolist() == [1, 0, 2, 1]
+    assert greedy_actions(q, default_action=2, margin=(0.2, 0.2, 0.0)).tolist() == [
+        *greedy_actions(q, default_action=2, margin=0.2)
+    ]
+    without = np.array([[True, False, True]] * 4)
+    assert greedy_actions(q, without, default_action=2, margin=margins).tolist() == [2, 0, 2, 0]
+    no_default = np.array([[True, True, False]])
+    assert greedy_actions(q[:1], no_default, default_action=2, margin=margins).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"default_action": 1, "default_action_margin": (0.1, 0.2, 0.3)},
+        {"default_action": None, "default_action_margin": (0.1, 0.0, 0.3)},
+        {"default_action": 1, "default_action_margin": (0.1, 0.0, -0.3)},
+        {"default_action": 1, "default_action_margin": -1.0},
+    ],
+    ids=str,
+)
+def test_margins_that_mean_nothing_are_refused(changes):
+    with pytest.raises(ValueError, match="default_action_margin"):
+        DQNConfig(**changes)
+    with pytest.raises(ValueError, match="default_action_margin"):
+        DQNConfig(default_action=1, default_action_margin=(0.1, 0.0)).network((4,), 3)
+
+
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_before_learning_the_default_action_is_greedy(changes: dict[str, Any]) -> None:
     learning = agent(**{**changes, "default_action": 1, "default_action_margin": 0.0})
