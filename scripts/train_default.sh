@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The default policy from nothing, by the seventh recipe of docs/default_policy.md, in about half an hour of two cores
+# The default policy from nothing, by the seventh recipe of docs/default_policy.md, in about 36 minutes of two cores
 # (the sum of its parts):
 #
 #   scripts/train_default.sh [FOLDER]     # FOLDER: runs/default
 #
 # makes the base models and the corpora in training/, collects the experience in a run for each of EXPERIENCE (seeds,
 # default "0 1"; they go side by side, a core each), learns one policy for each of SEEDS (default "0 1 2") in
-# FOLDER/seed-N/policy, and joins two or more in FOLDER/policy. What is there already is kept: a second call goes on where one
-# was stopped.
+# FOLDER/seed-N/policy, and joins two or more in FOLDER/policy. What is there already is kept: a second call goes on
+# where one was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder="${1:-runs/default}"
