@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmrl.dqn.ensemble_config import EnsembleConfig, member_prefix
+from llmrl.dqn.ensemble_config import EnsembleConfig, member_tensors
 from llmrl.dqn.networks import QNetwork
 
 
@@ -36,14 +36,11 @@ class EnsembleNetwork(nn.Module):
             raise ValueError(f"members: expected {config.num_members} networks of the same shape, got {len(members)}")
         self.config = config
         self.members = nn.ModuleList(members)
+        self._networks = tuple(members)  # the same, with their type
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values by each member, [B, A, K], for obs [B, *obs_shape]."""
-        found = []
-        for member in self.members:
-            assert isinstance(member, QNetwork)
-            found.append(member.values(member.forward(obs)))
-        return torch.stack(found, dim=2)
+        return torch.stack([member.values(member.forward(obs)) for member in self._networks], dim=2)
 
     def values(self, outputs: Tensor) -> Tensor:
         """Action values [B, A] that actions are chosen by."""
@@ -58,11 +55,8 @@ class EnsembleNetwork(nn.Module):
         Raises:
             ValueError: Names, shapes or dtypes are not theirs.
         """
-        for index, member in enumerate(self.members):
-            assert isinstance(member, QNetwork)
-            prefix = member_prefix(index)
-            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            member.load_weights(own)
+        for index, member in enumerate(self._networks):
+            member.load_weights(member_tensors(tensors, index))
 
 
 def join_networks(networks: Sequence[QNetwork], lower_bound: float) -> EnsembleNetwork:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import TypeVar
 
 from pydantic import Field
 
 from llmrl.dqn.config import NetworkConfig
+
+Value = TypeVar("Value")
 
 
 class EnsembleConfig(NetworkConfig):
@@ -28,6 +32,12 @@ class EnsembleConfig(NetworkConfig):
 def member_prefix(index: int) -> str:
     """What stands before the names of a member's tensors."""
     return f"members.{index}."
+
+
+def member_tensors(tensors: Mapping[str, Value], index: int) -> dict[str, Value]:
+    """What belongs to a member, by the names that its network gives."""
+    prefix = member_prefix(index)
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def read_network_config(text: str) -> NetworkConfig:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrl.dqn.config import NetworkConfig
-from llmrl.dqn.ensemble_config import EnsembleConfig, member_prefix
+from llmrl.dqn.ensemble_config import EnsembleConfig, member_tensors
 from llmrl.dqn.network_shapes import CONVOLUTIONS
 
 OBS_CLIP = 10.0  # standardised observations are clipped here, so that one far outside cannot throw the network
@@ -123,10 +123,8 @@ class NumpyEnsemble:
     def __init__(self, config: EnsembleConfig, tensors: Mapping[str, Floats]) -> None:
         self._lower_bound = np.float32(config.lower_bound)
         self._members = [
-            NumpyNetwork(config.member, {name.removeprefix(prefix): tensors[name] for name in tensors
-                                         if name.startswith(prefix)})
-            for prefix in map(member_prefix, range(config.num_members))
-        ]  # fmt: skip
+            NumpyNetwork(config.member, member_tensors(tensors, index)) for index in range(config.num_members)
+        ]
 
     def values(self, obs: Floats | NDArray[np.uint8]) -> Floats:
         """Action values [E, A] for observations [E, *obs_shape]."""
