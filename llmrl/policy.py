@@ -104,7 +104,7 @@ class SchedulePolicy:
         return found.hexdigest()[:16]
 
     def for_model(self, model: nn.Module, num_parameters: int) -> SchedulePolicy:
-        """This policy; *hold* under its name where `holds_on` says so.
+        """This policy; *hold*, on all levels that a guard may come down to, under its name where `holds_on` says so.
 
         Args:
             model: "classification" are models with a head for classes.
@@ -117,7 +117,8 @@ class SchedulePolicy:
         }
         if not any(kinds[name] for name in self.holds_on):
             return self
-        holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), None, {"name": self.name})
+        hold = hold_policy()
+        holding = SchedulePolicy(hold.table, hold.spec, hold.settings, None, {"name": self.name})
         holding.reference, holding.folder = self.reference, self.folder
         return holding
 

@@ -24,7 +24,7 @@ TRAINED_PARAMETERS = 480e3
 TRAINED_STEPS = 120
 """The longest budget there."""
 RECIPE_MINUTES = 36.0
-"""What scripts/train_default.sh takes on two cores: base models, experience, three networks (docs/default_policy.md)."""
+"""What scripts/train_default.sh takes on two cores: base models, experience, three networks."""
 
 Results = Mapping[str, Any]
 Answer = tuple[str, bool]
@@ -166,16 +166,16 @@ def _transfer(belongs: Callable[[Mapping[str, Any]], bool]) -> Callable[[Results
 
 def _recipe(results: Results) -> Answer:
     """Time of the recipe, and after how many jobs of the comparison's size it has saved that against a search."""
-    search, policy = (_at(results, "compute", name, "seconds_per_job") for name in (SEARCH, POLICY))
-    found = f"{RECIPE_MINUTES:.0f} minutes"
-    if search > policy:
+    compute, found = results.get("compute", {}), f"{RECIPE_MINUTES:.0f} minutes"
+    search, policy = (compute.get(name, {}).get("seconds_per_job", 0.0) for name in (SEARCH, POLICY))
+    if search > policy > 0.0:
         jobs = 2 * 60.0 * RECIPE_MINUTES / (search - policy)
         found += f"; paid back after {jobs:.0f} jobs of {policy:.0f} s on one core that need no search of 5 trials"
     return found, RECIPE_MINUTES < 180.0
 
 
 def _transfer_targets(kinds: Sequence[tuple[str, Callable[[Mapping[str, Any]], bool]]]) -> tuple[Target, ...]:
-    return tuple(Target(f"the first three again, {words} alone", _transfer(belongs)) for words, belongs in kinds)
+    return tuple(Target(f"the first three again: {words}", _transfer(belongs)) for words, belongs in kinds)
 
 
 TARGETS = (

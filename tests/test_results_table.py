@@ -51,7 +51,7 @@ RESULTS = {
 }
 
 
-TRANSFER = "the first three again, "
+TRANSFER = "the first three again: "
 LARGER, LONGER = TRANSFER + "models three times larger", TRANSFER + "budgets three times longer"
 
 

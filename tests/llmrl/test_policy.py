@@ -379,6 +379,15 @@ def test_a_policy_holds_on_larger_models_where_it_says_so() -> None:
     assert "harm on larger models" in careful.card()
 
 
+def test_where_it_holds_a_guard_has_every_level_of_hold() -> None:
+    """A table of few levels leaves a guard no place to come down to."""
+    table = action_table("rise")
+    narrow = SchedulePolicy(table, ObservationSpec(table), ScheduleSettings(), None, {"name": "n"}, ["larger_models"])
+    holding = narrow.for_model(nn.Linear(2, 2), int(LARGEST_LANGUAGE_MODEL) + 1)
+    assert (holding.table, holding.spec.hash) == (hold_policy().table, hold_policy().spec.hash)
+    assert holding.reference == narrow.reference
+
+
 # -- what a stranger could put into a folder --------------------------------------------------------------------------
 
 
