@@ -10,6 +10,7 @@ from typing import Any
 from llmrl_envs.errors import UserError
 
 from llmrl.dqn.ensemble import join_networks
+from llmrl.dqn.ensemble_config import MOST_MEMBERS
 from llmrl.dqn.networks import QNetwork
 from llmrl.policy import SchedulePolicy
 from llmrl.run_directory import create_run_directory
@@ -32,10 +33,10 @@ def ensemble_policy(sources: Sequence[str], lower_bound: float) -> SchedulePolic
         lower_bound: Standard deviations over the members that an action's value lies below their mean; 0 for the mean.
 
     Raises:
-        UserError: There are fewer, one has no network or is itself an ensemble, or they do not fit each other.
+        UserError: There are fewer or too many, one has no network or is itself an ensemble, or they do not fit each other.
     """
-    if len(sources) < 2:
-        raise UserError("too few policies", expected="at least two", got=len(sources), where=_WHERE)
+    if not 2 <= len(sources) <= MOST_MEMBERS:
+        raise UserError("not an ensemble", expected=f"2 to {MOST_MEMBERS} policies", got=len(sources), where=_WHERE)
     if not (math.isfinite(lower_bound) and lower_bound >= 0.0):
         raise UserError("no lower bound", expected="a number of at least 0", got=lower_bound, where="--lower-bound")
     policies = [SchedulePolicy.from_pretrained(source, where=_WHERE) for source in sources]

@@ -77,7 +77,6 @@ ENSEMBLES = {
     "three networks, their mean": 0.0,
     "three networks, half a deviation below": 0.5,
     "three networks, one deviation below": 1.0,
-    "three networks, two deviations below": 2.0,
 }
 """Rows of the base's policies together: standard deviations below their mean."""
 MEMBER_SEEDS = (0, 1000, 2000)
@@ -98,10 +97,10 @@ class Ablation:
 
     def row(self, name: str, seed: int) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Score of a row's greedy policy, and the changes that make the row."""
-        place = [*ROWS, *FIRST_STAGES].index(name) if name not in ENSEMBLES else 0
-        folder = self.output / f"{place}-{seed}"
         if name in ENSEMBLES:
             return self._ensemble(ENSEMBLES[name], seed), (f"lower_bound={ENSEMBLES[name]:g}",)
+        place = [*ROWS, *FIRST_STAGES].index(name)
+        folder = self.output / f"{place}-{seed}"
         if name in ROWS:
             return train(self.config, folder, seed, (*JOBS, *ROWS[name])), ROWS[name]
         first = self.output / f"{place}-{seed}-first"

@@ -12,11 +12,13 @@ from llmrl.dqn.config import NetworkConfig
 
 Value = TypeVar("Value")
 
+MOST_MEMBERS = 100
+
 
 class EnsembleConfig(NetworkConfig):
     """Several Q-networks of one shape that are asked together; the fields of `NetworkConfig` are those of each."""
 
-    num_members: int = Field(ge=2, le=100, description="networks")
+    num_members: int = Field(ge=2, le=MOST_MEMBERS, description="networks")
     lower_bound: float = Field(
         default=0.0,
         ge=0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -39,7 +38,7 @@ def load_network(path: Path) -> QNetwork | EnsembleNetwork:
         raise ValueError(f"{path}: expected {CONFIG_KEY!r} in its metadata, got {sorted(metadata)}")
     try:
         config = read_network_config(metadata[CONFIG_KEY])
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:  # of JSON, or of a field
         raise ValueError(f"{path}: expected a network configuration, got {error}") from error
     # Before the network takes memory: a file of a few bytes may describe a network of many gigabytes.
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})

@@ -134,7 +134,8 @@ def test_policies_that_do_not_fit_are_refused(tmp_path):
     SchedulePolicy(TABLE, SPEC, moved, network(1), {}).save_pretrained(tmp_path / "cosine")
     ensemble_policy([first, first], 0.0).save_pretrained(tmp_path / "joined")
     for sources, told in (
-        ([first], "at least two"),
+        ([first], "2 to 100 policies"),
+        ([first] * 101, "2 to 100 policies"),
         ([first, wide], "another shape of the network"),
         ([first, str(tmp_path / "cosine")], "another schedule"),
         ([first, "hold"], "it holds"),
