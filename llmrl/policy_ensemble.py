@@ -33,7 +33,7 @@ def ensemble_policy(sources: Sequence[str], lower_bound: float) -> SchedulePolic
         lower_bound: Standard deviations over the members that an action's value lies below their mean; 0 for the mean.
 
     Raises:
-        UserError: There are fewer or too many, one has no network or is itself an ensemble, or they do not fit each other.
+        UserError: There are fewer or too many, one is not a single network, or they do not fit each other.
     """
     if not 2 <= len(sources) <= MOST_MEMBERS:
         raise UserError("not an ensemble", expected=f"2 to {MOST_MEMBERS} policies", got=len(sources), where=_WHERE)
