@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import is_pydantic_dataclass
 
 Device: TypeAlias = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-NonNegative: TypeAlias = Annotated[float, Field(ge=0.0)]
 Positive: TypeAlias = Annotated[float, Field(gt=0.0)]
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
