@@ -100,8 +100,9 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _check_groups_of_demonstrators(self) -> TrainConfig:
         name = self.training.demonstrator
-        can_rise = action_table(self.env.actions).rise is not None
-        size = {"neighbours": 7, "decay_times": 10 if can_rise else 6}.get(name)
+        table = action_table(self.env.actions)
+        times = (6 if table.rise is None else 10) + (3 if table.can_lean else 0)
+        size = {"neighbours": 7, "decay_times": times}.get(name)
         if size is not None and (self.env.groups != size or self.env.population != size):
             what = "level" if name == "neighbours" else "time"
             raise ValueError(
@@ -109,7 +110,7 @@ class TrainConfig(Settings):
             )
         if name != "decay_times":
             return self
-        if UpdateChoice.COOLDOWN not in {action.choice for action in action_table(self.env.actions).actions}:
+        if UpdateChoice.COOLDOWN not in {action.choice for action in table.actions}:
             wanted, got = "env.actions with a cooldown, such as decay", self.env.actions
         elif self.env.schedule.base not in ("constant", *WSD_DECAY_FRACTIONS):
             wanted, got = "an env.schedule.base that stays at its peak: constant, wsd, wsd_40", self.env.schedule.base
@@ -168,6 +169,8 @@ class CompareConfig(Settings):
         oracle_factors: Rates, as factors on the default, of the sweep of linear-to-zero runs that scores 1.
         schedule: The base that the level multiplies, and where the level starts; not given: what the policy was
             trained with.
+        guard_validates: The guards of steered jobs look at the validation loss, about twelve times a job; without, they
+            have the train loss alone, and a steered job costs what a plain one does.
         device: Where the jobs run; `auto` is a GPU when there is one.
         workers: Processes that share the runs.
         tracking: Weights & Biases.
@@ -183,6 +186,7 @@ class CompareConfig(Settings):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     oracle_factors: tuple[Positive, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
     schedule: ScheduleConfig | None = None
+    guard_validates: bool = True
     device: Device = "auto"
     workers: int = Field(default=1, ge=1)
     tracking: TrackingConfig = TrackingConfig()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface import job_scale
-from llmrl_envs.interface.action import ActionTable, action_table
+from llmrl_envs.interface.action import ActionTable, UpdateChoice, action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class SchedulePolicy:
         settings: The schedule that the actions were learned with.
         network: The Q-network, or several; None holds.
         provenance: What the policy was trained on, JSON-ready.
-        holds_on: Jobs that it was found to do harm on, so that it holds there; see `for_model`.
+        holds_on: Jobs on which it keeps the level and the base of *hold*; see `for_model`.
 
     Attributes:
         reference: What it was loaded by; its name where it was made here.
@@ -83,6 +83,7 @@ class SchedulePolicy:
         self.network = network
         self.provenance = provenance or {}
         self.holds_on = tuple(holds_on)
+        self._allowed: NDArray[np.bool_] = np.ones(table.num_actions, np.bool_)
         self.reference = self.name
         self.folder: Path | None = None
 
@@ -95,6 +96,8 @@ class SchedulePolicy:
     def digest(self) -> str:
         """SHA-256, shortened, of everything that decisions follow from: languages, schedule and network."""
         languages = [self.table.hash, self.spec.hash, self.settings.identity(), *self.holds_on]
+        if not self._allowed.all():
+            languages.append(self._allowed.tolist())
         found = hashlib.sha256(json.dumps(languages, sort_keys=True).encode())
         if self.network is not None:
             found.update(self.network.config.model_dump_json().encode())
@@ -104,7 +107,10 @@ class SchedulePolicy:
         return found.hexdigest()[:16]
 
     def for_model(self, model: nn.Module, num_parameters: int) -> SchedulePolicy:
-        """This policy; *hold*, on all levels that a guard may come down to, under its name where `holds_on` says so.
+        """This policy; where `holds_on` says so, one of its name that keeps the level and the base of *hold*.
+
+        That one may still lean on gradients, if this one's actions can: its network then chooses between that and
+        holding alone. Otherwise it is *hold*, on all levels that a guard may come down to.
 
         Args:
             model: "classification" are models with a head for classes.
@@ -117,8 +123,13 @@ class SchedulePolicy:
         }
         if not any(kinds[name] for name in self.holds_on):
             return self
-        hold = hold_policy()
-        holding = SchedulePolicy(hold.table, hold.spec, hold.settings, None, {"name": self.name})
+        if self.network is not None and self.table.can_lean:
+            holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), self.network, self.provenance)
+            leans = [action.choice is UpdateChoice.QUASI_HYPERBOLIC for action in self.table.actions]
+            holding._allowed = np.array(leans) | (np.arange(self.table.num_actions) == self.table.hold)
+        else:
+            hold = hold_policy()
+            holding = SchedulePolicy(hold.table, hold.spec, hold.settings, None, {"name": self.name})
         holding.reference, holding.folder = self.reference, self.folder
         return holding
 
@@ -129,7 +140,7 @@ class SchedulePolicy:
             return hold_decision(self.table, len(observation))
         with torch.inference_mode():
             values = self.network.values(self.network(torch.from_numpy(np.ascontiguousarray(observation))))
-        return greedy_decision(values.numpy(), mask, self.network.config)
+        return greedy_decision(values.numpy(), mask & self._allowed, self.network.config)
 
     def card(self) -> str:
         """The policy card, Markdown."""

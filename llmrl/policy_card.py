@@ -57,7 +57,11 @@ def policy_card(
         "",
         "It knows the tasks listed under training. On other models, data, budgets or optimizers compare it with `hold`",
         "and with a linear decay before trusting it (`llmrl compare`).",
-        *(f"It was found to do harm on {kind.replace('_', ' ')} and holds there." for kind in holds_on),
+        *(
+            f"It was found to do harm on {kind.replace('_', ' ')} and holds there"
+            f"{', but for leaning on gradients' if table.can_lean else ''}."
+            for kind in holds_on
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -180,9 +180,9 @@ class FineTuningEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         first: NDArray[np.float32] = observation[0]
         return first
 
-    def _toggles(self) -> tuple[int, bool, bool]:
+    def _toggles(self) -> tuple[int, ...]:
         schedule = self._schedule
-        return int(schedule.level[0]), bool(schedule.frozen[0]), bool(schedule.tight[0])
+        return tuple(int(of[0]) for of in (schedule.level, schedule.frozen, schedule.tight, schedule.leaning))
 
     def _new_session(self, job: Job, sampled: SampledTask) -> FineTuningSession:
         average_steps = self.reward_spec.average_steps(self._account.intervals)

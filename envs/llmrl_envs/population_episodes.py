@@ -206,9 +206,9 @@ class PopulationEpisodes:
         going = np.array([not lane.account.is_over for lane in lanes])
         if np.shape(actions) == self._holds.shape:
             actions = np.where(self._holds | ~going, self._settings.table.hold, actions)
-        before = (schedule.level, schedule.frozen.copy(), schedule.tight.copy())
+        before = (schedule.level, schedule.frozen.copy(), schedule.tight.copy(), schedule.leaning.copy())
         self._action, rollback = self._steering.apply(actions)
-        after = (schedule.level, schedule.frozen, schedule.tight)
+        after = (schedule.level, schedule.frozen, schedule.tight, schedule.leaning)
         switched = np.any([old != new for old, new in zip(before, after, strict=True)], axis=0)
         self.pool.roll_back([lane.member for lane, back in zip(lanes, rollback, strict=True) if back])
         plans = self._plans(lanes)
@@ -242,13 +242,14 @@ class PopulationEpisodes:
         lengths = [1 if lane.account.is_over else lane.account.num_steps for lane in lanes]
         places: Integers = np.arange(max(lengths))
         rates = schedule.learning_rate(schedule.step + places[:, None])
-        tightening = schedule.clipping_factor()
+        tightening, shares = schedule.clipping_factor(), schedule.momentum_share()
         return [
             IntervalPlan(
                 lane.member,
                 rates[: lengths[index], index].copy(),
                 lane.drawn.sampled.task.optimizer.max_grad_norm * float(tightening[index]),
                 bool(schedule.frozen[index]),
+                momentum_share=float(shares[index]),
             )
             for index, lane in enumerate(lanes)
         ]

@@ -91,7 +91,7 @@ class Trainer:
                 seed=run.seed,
                 settings=method.replaced_settings,
                 guarded=method.guarded,
-                validate="guard" if method.guarded else "never",
+                validate=method.validations,
                 curve_points=NUM_CURVE_POINTS,
                 on_decision=lambda record: on_step(record.step),
             )

@@ -15,6 +15,7 @@ from llmrl_envs.interface.schedule import ScheduleSettings
 
 from llmrl.compare.baselines import population, search
 from llmrl.compare.baselines.catalogue import make_baseline
+from llmrl.compare.baselines.leaning_policy import LeaningPolicy
 from llmrl.compare.baselines.packages import require_package
 from llmrl.compare.baselines.random_policy import RandomPolicy
 from llmrl.compare.baselines.running import Baseline
@@ -22,6 +23,7 @@ from llmrl.compare.cache import Fingerprints
 from llmrl.compare.names import (
     BASELINE_NAMES,
     BEST_CONSTANT,
+    HOLD_LEAN,
     POPULATION_MEMBERS,
     RANDOM,
     SCHEDULE_NAMES,
@@ -30,6 +32,7 @@ from llmrl.compare.names import (
 from llmrl.compare.names import LINEAR as LINEAR
 from llmrl.compare.names import POLICY as POLICY
 from llmrl.config import CompareConfig
+from llmrl.decisions import Validations
 from llmrl.hosts.job import named_schedule
 from llmrl.policy import HOLD, SchedulePolicy, hold_policy
 
@@ -64,11 +67,18 @@ class PolicyMethod(Method):
         policy: Chooses the actions.
         settings: The base that the levels multiply, and where the level starts.
         guarded: Fall back to linear decay when the job loses too much. Usual schedules run as they are.
+        guard_validates: It looks at the validation loss for that, too.
     """
 
     policy: SchedulePolicy
     settings: ScheduleSettings
     guarded: bool
+    guard_validates: bool = True
+
+    @property
+    def validations(self) -> Validations:
+        """When a job measures its validation loss."""
+        return "guard" if self.guarded and self.guard_validates else "never"
 
     @property
     def replaced_settings(self) -> ScheduleSettings | None:
@@ -189,19 +199,24 @@ def _schedule(name: str, config: CompareConfig) -> PolicyMethod:
 def _policy(name: str, source: str, config: CompareConfig) -> PolicyMethod:
     if source == HOLD:
         chosen = hold_policy(config.schedule)
+    elif name == HOLD_LEAN:
+        chosen = LeaningPolicy(config.schedule)
     else:
         chosen = SchedulePolicy.from_pretrained(source, where="methods" if name == source else "--policy")
     if name == RANDOM:
         chosen = RandomPolicy(chosen, seed=0)
-    return _steered(name, chosen, config.schedule or chosen.settings, guarded=True)
+    return _steered(name, chosen, config.schedule or chosen.settings, guarded=True, validates=config.guard_validates)
 
 
-def _steered(name: str, policy: SchedulePolicy, settings: ScheduleSettings, *, guarded: bool) -> PolicyMethod:
+def _steered(
+    name: str, policy: SchedulePolicy, settings: ScheduleSettings, *, guarded: bool, validates: bool = True
+) -> PolicyMethod:
     """A level of relative update size that starts at its default has no use for the given rate."""
     depends_on_rate = policy.table.unit is not LevelUnit.RELATIVE_UPDATE or settings.start == "given"
     description = {"actions": policy.table.name, "schedule": settings.identity(), "guarded": guarded}
-    digest = _policy_digest(policy, settings, guarded=guarded)
-    return PolicyMethod(name, digest, depends_on_rate, description, policy, settings, guarded)
+    description |= {} if validates else {"guard_validates": False}
+    digest = _policy_digest(policy, settings, guarded=guarded, validates=validates)
+    return PolicyMethod(name, digest, depends_on_rate, description, policy, settings, guarded, validates)
 
 
 def _search(name: str, config: CompareConfig) -> SearchMethod:
@@ -230,7 +245,9 @@ def _best_level(config: CompareConfig) -> BestLevelMethod:
     for place in range(len(hold.table.levels)):
         table = replace(hold.table, default_level=place)
         policy = SchedulePolicy(table, hold.spec, hold.settings, None, hold.provenance)
-        levels.append(_steered(f"{BEST_CONSTANT} {place}", policy, hold.settings, guarded=True))
+        levels.append(
+            _steered(f"{BEST_CONSTANT} {place}", policy, hold.settings, guarded=True, validates=config.guard_validates)
+        )
     fingerprints = Fingerprints()
     tasks = [[task.model_dump(mode="json"), fingerprints.of_task(task)] for task in config.tasks]
     content = {"levels": [level.digest for level in levels], "tasks": tasks, "seeds": list(config.seeds)}
@@ -242,7 +259,7 @@ def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _policy_digest(policy: SchedulePolicy, settings: ScheduleSettings, *, guarded: bool) -> str:
+def _policy_digest(policy: SchedulePolicy, settings: ScheduleSettings, *, guarded: bool, validates: bool) -> str:
     """Hash of everything about a policy that changes a run; its name and provenance do not."""
     description = {
         "actions": policy.table.hash,
@@ -251,8 +268,12 @@ def _policy_digest(policy: SchedulePolicy, settings: ScheduleSettings, *, guarde
         "guarded": guarded,
         "network": None if policy.network is None else policy.network.config.model_dump(mode="json"),
     }
+    if not validates:
+        description["guard_validates"] = False
     if isinstance(policy, RandomPolicy):
         description["random"] = True
+    if isinstance(policy, LeaningPolicy):
+        description["leans"] = True
     if policy.holds_on:
         description["holds_on"] = list(policy.holds_on)
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())

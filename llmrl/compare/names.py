@@ -8,6 +8,7 @@ from llmrl_envs.interface.base_schedule import BASE_NAMES
 from llmrl.policy_reference import DEFAULT, HOLD
 
 POLICY, LINEAR, RANDOM, BEST_CONSTANT = "policy", "linear", "random", "best_constant"
+HOLD_LEAN = "hold_lean"
 
 SCHEDULE_NAMES: tuple[str, ...] = (*BASE_NAMES, "constant_warmup")
 """Schedules of the given rate that are functions of the step."""
@@ -25,7 +26,7 @@ NUM_JOBS = {**SEARCH_TRIALS, **POPULATION_MEMBERS, BEST_CONSTANT: NUM_LEVELS}
 ALWAYS_RATE_INDEPENDENT = frozenset({BEST_CONSTANT, "prodigy"})
 """Methods that have no use for the given rate."""
 
-POLICY_NAMES = (POLICY, HOLD, DEFAULT, RANDOM)
+POLICY_NAMES = (POLICY, HOLD, DEFAULT, RANDOM, HOLD_LEAN)
 """Policies that have names. They have no use for the given rate either, if their level starts at its default."""
 
 METHOD_NAMES = (

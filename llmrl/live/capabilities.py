@@ -60,6 +60,7 @@ def find_capabilities(
     has_layers: bool,
     max_grad_norm: float,
     keeps_snapshots: bool,
+    is_adam: bool,
 ) -> HostCapabilities:
     """What a job allows.
 
@@ -69,6 +70,7 @@ def find_capabilities(
         has_layers: Whether it has a lower half that could be frozen.
         max_grad_norm: Norm that gradients are clipped to; infinity where they are not.
         keeps_snapshots: Whether there will be something to roll back to.
+        is_adam: Whether the optimizer is torch's Adam or AdamW, without amsgrad.
     """
     masked: dict[UpdateChoice, str] = {}
     if not keeps_snapshots:
@@ -77,8 +79,10 @@ def find_capabilities(
         masked[UpdateChoice.FREEZE] = "the trained parameters have no lower half of layers"
     if not math.isfinite(max_grad_norm):
         masked[UpdateChoice.TIGHTEN] = "gradients are not clipped"
+    if not is_adam:
+        masked[UpdateChoice.QUASI_HYPERBOLIC] = "the optimizer is not torch's Adam or AdamW"
     if distribution is Distribution.DEEPSPEED:
-        late = (UpdateChoice.ROLLBACK, UpdateChoice.FREEZE, UpdateChoice.TIGHTEN)
+        late = (UpdateChoice.ROLLBACK, UpdateChoice.FREEZE, UpdateChoice.TIGHTEN, UpdateChoice.QUASI_HYPERBOLIC)
         masked |= dict.fromkeys(late, _STEPS_INSIDE_BACKWARD)
     return HostCapabilities(distribution, is_compiled(model), masked)
 

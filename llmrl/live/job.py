@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from llmrl_envs.errors import UserError
+from llmrl_envs.interface.momentum import lean_on_gradient
 from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.statistics import empty_statistics
 from llmrl_envs.interface.tensor_sums import full_tensor
 from llmrl_envs.jobs.layers import lower_half
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
@@ -93,6 +95,7 @@ class LiveJob:
             has_layers=bool(self._lower_half),
             max_grad_norm=options.max_grad_norm,
             keeps_snapshots=self._keeps_snapshots,
+            is_adam=self._source == "moments" and isinstance(self._optimizer, torch.optim.Adam),
         )
         self.loop = self._make_loop(policy.for_model(model, found.num_parameters))
         self._recorder = self._make_recorder(found)
@@ -105,13 +108,15 @@ class LiveJob:
         self._interval_rates: list[float]
         self._limit: float
         self._frozen: bool
+        self._momentum_share: float
+        self._leaning: RemovableHandle | None = None
         self._decision: Decision
         self._begin(found, model_label_nats(model))
         if self._processes.rank == 0:
             level = logging.INFO if policy.network is None else logging.WARNING
             _LOGGER.log(level, "llmrl: %s", self.capabilities.describe())
-            if policy.network is not None and self.loop.policy.network is None:
-                _LOGGER.warning("llmrl: %s holds on such models: %s", policy.name, ", ".join(policy.holds_on))
+            if self.loop.policy is not policy:
+                _LOGGER.warning("llmrl: %s keeps its level on such models: %s", policy.name, ", ".join(policy.holds_on))
 
     def _make_loop(self, policy: SchedulePolicy) -> DecisionLoop:
         options = self._options
@@ -218,9 +223,17 @@ class LiveJob:
             scaled = getattr(self._accelerator, "scaler", None) is not None
             skip_unless(finite, self._optimizer, self._parameters.values(), scaled=scaled)
             self.set_rates()
+        if self._momentum_share != 1.0:
+            self._leaning = self._optimizer.register_step_post_hook(self._lean)
+
+    def _lean(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        lean_on_gradient(optimizer, self._momentum_share)
 
     def measure_update(self) -> None:
         """Measures what the optimizer did; `after_step` does it where the host did not ask for it earlier."""
+        if self._leaning is not None:
+            self._leaning.remove()
+            self._leaning = None
         self._recorder.after_update(self._active, probe=bool(self._active))
         self._active = []
 
@@ -305,6 +318,7 @@ class LiveJob:
         self._interval_rates = self.loop.learning_rates(self.step - self._done)
         self._limit = self._options.max_grad_norm * float(self.loop.schedule.clipping_factor()[0])
         self._frozen = bool(self.loop.schedule.frozen[0])
+        self._momentum_share = float(self.loop.schedule.momentum_share()[0])
 
     def _rate(self) -> float:
         """The next step's common rate."""

@@ -388,6 +388,26 @@ def test_where_it_holds_a_guard_has_every_level_of_hold() -> None:
     assert holding.reference == narrow.reference
 
 
+def test_where_it_holds_it_may_still_lean_if_its_network_says_so() -> None:
+    table = action_table("lean")
+    spec = ObservationSpec(table)
+    lean, hold = table.names.index("lean"), table.hold
+    config = NetworkConfig(obs_shape=(spec.size,), num_actions=table.num_actions, hidden_sizes=(4,), default_action=1)
+    settings = ScheduleSettings(base="wsd_40")
+    model, seen = nn.Linear(2, 2), np.zeros((1, spec.size), np.float32)
+    for wanted in (lean, hold):
+        network = QNetwork(config, torch.Generator().manual_seed(0)).eval()
+        with torch.no_grad():
+            network.prefer(wanted, 1.0)
+            network.head.layer.bias[1:3] = 3.0  # it would rather begin its cooldown, or rise
+        policy = SchedulePolicy(table, spec, settings, network, {"name": "n"}, ["larger_models"])
+        holding = policy.for_model(model, int(LARGEST_LANGUAGE_MODEL) + 1)
+        assert (holding.name, holding.settings.base, holding.table) == ("n", "linear", table)
+        assert holding.act(seen, np.ones((1, table.num_actions), np.bool_)).actions.tolist() == [wanted]
+        assert holding.digest != policy.digest
+    assert "but for leaning" in policy.card()
+
+
 # -- what a stranger could put into a folder --------------------------------------------------------------------------
 
 

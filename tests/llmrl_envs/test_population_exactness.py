@@ -260,3 +260,25 @@ def test_in_double_precision_nothing_is_left_of_the_differences(tasks, arguments
             torch.testing.assert_close(
                 got.parameters[name], value, rtol=0.0, atol=1e-8 * float(value.abs().max()), msg=name
             )
+
+
+@EVERY_KIND
+def test_lanes_that_lean_on_their_gradients_equal_single_environments(tasks, arguments):
+    library = JobLibrary("cpu")
+    distribution, arguments = {"tasks": tasks, "num_seeds": 2}, {**arguments, "actions": "lean", "device": "cpu"}
+    vector = FineTuningVectorEnv(3, distribution, library=library, **arguments)
+    _, infos = vector.reset(seed=7)
+    singles = Watched(3, distribution, 7, library, **arguments)
+    rng, leaning = np.random.default_rng(5), 0
+    for _ in range(24):
+        actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in infos["action_mask"]])
+        obs, rewards, _, _, infos = vector.step(actions)
+        leaning += int(vector._episodes._steering.schedule.leaning.sum())
+        for lane, single in enumerate(singles.step(actions)):
+            observation = infos["final_obs"][lane] if single.terminated else obs[lane]
+            np.testing.assert_allclose(observation, single.observation, rtol=TOLERANCE, atol=TOLERANCE)
+            assert rewards[lane] == pytest.approx(single.reward, rel=TOLERANCE, abs=10 * TOLERANCE)
+            if not single.terminated:
+                mine, wanted = (joined(p) for p in (vector.parameters(lane), single.parameters))
+                assert relative(mine, wanted) <= TOLERANCE
+    assert leaning >= 20

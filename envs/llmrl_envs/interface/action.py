@@ -35,6 +35,7 @@ class UpdateChoice(StrEnum):
     FREEZE = "freeze"
     TIGHTEN = "tighten"
     COOLDOWN = "cooldown"
+    QUASI_HYPERBOLIC = "quasi_hyperbolic"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class ActionTable:
         """The index of the action that does nothing but raise the level by one place; None where there is none."""
         found = [i for i, a in enumerate(self.actions) if (a.move, a.level, a.choice) == (1, None, UpdateChoice.NONE)]
         return found[0] if found else None
+
+    @property
+    def can_lean(self) -> bool:
+        """Some action makes steps lean on their own gradient."""
+        return any(action.choice is UpdateChoice.QUASI_HYPERBOLIC for action in self.actions)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON-ready values."""
@@ -173,6 +179,14 @@ ACTION_TABLES: dict[str, ActionTable] = {
         ActionTable("decay", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, (_MOVES[2], _CHOICES[-1])),
         # Waiting with the decay, and one place up at most; the place below is for guards.
         ActionTable("rise", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID[3:6], 1, (_MOVES[2], _CHOICES[-1], _MOVES[3])),
+        # And steps that lean on their own gradient, from there on; all places below the default, for guards.
+        ActionTable(
+            "lean",
+            LevelUnit.RELATIVE_UPDATE,
+            _RELATIVE_GRID[:6],
+            4,
+            (_MOVES[2], _CHOICES[-1], _MOVES[3], ScheduleAction("lean", choice=UpdateChoice.QUASI_HYPERBOLIC)),
+        ),
         ActionTable("joint", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _joint_actions()),
         ActionTable("careful", LevelUnit.RELATIVE_UPDATE, _FINE_GRID, 5, _CAREFUL),
         ActionTable("levels", LevelUnit.RELATIVE_UPDATE, _RELATIVE_GRID, 4, _LEVELS),

@@ -28,6 +28,7 @@ from llmrl_envs.interface.base_schedule import (
     decision_intervals,
 )
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, job_scale
+from llmrl_envs.interface.momentum import QUASI_HYPERBOLIC_SHARE
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 
 TIGHT_CLIPPING = 0.25
@@ -162,6 +163,7 @@ class Schedule:
         self.last_action: Integers = np.full(lanes, -1, np.int64)
         self.frozen: Booleans = np.zeros(lanes, np.bool_)
         self.tight: Booleans = np.zeros(lanes, np.bool_)
+        self.leaning: Booleans = np.zeros(lanes, np.bool_)
         self.cooldown_start: Integers = np.full(lanes, -1, np.int64)
         self.rollbacks_left: Integers = np.zeros(lanes, np.int64)
         self.has_snapshot: Booleans = np.zeros(lanes, np.bool_)
@@ -192,7 +194,7 @@ class Schedule:
         self.num_measurements[lanes] = 0
         self.grid_shift[lanes] = 1.0
         self.job_scale[lanes] = 1.0
-        for flag in (self.frozen, self.tight, self.has_snapshot, self.fallen_back):
+        for flag in (self.frozen, self.tight, self.leaning, self.has_snapshot, self.fallen_back):
             flag[lanes] = False
 
     def start_at(self, moves: Integers) -> None:
@@ -278,6 +280,10 @@ class Schedule:
         """What the job's gradient-norm limit is multiplied with, float64[E]."""
         return np.where(self.tight, TIGHT_CLIPPING, 1.0)
 
+    def momentum_share(self) -> Floats:
+        """Share of Adam's mean in an update, the rest being the step's own gradient; float64[E], 1 for plain Adam."""
+        return np.where(self.leaning, QUASI_HYPERBOLIC_SHARE, 1.0)
+
     # -- actions --------------------------------------------------------------------------------------------------
 
     def target_levels(self) -> Integers:
@@ -294,11 +300,14 @@ class Schedule:
         settings, total = self.settings, self.total_steps
         kept = (self.step < settings.earliest_move * total) | (self.step > settings.latest_move * total)
         available &= ~(kept[:, None] & ((self._moves != 0) | (self._jumps >= 0))[None, :])
+        if self.table.can_lean:  # only such steps are known to bear a higher level
+            available &= self.leaning[:, None] | (self._moves <= 0)[None, :]
         for choice, allowed in (
             (UpdateChoice.ROLLBACK, self.has_snapshot & (self.rollbacks_left > 0)),
             (UpdateChoice.FREEZE, np.ones(self.num_lanes, np.bool_)),
             (UpdateChoice.TIGHTEN, np.ones(self.num_lanes, np.bool_)),
             (UpdateChoice.COOLDOWN, warm & late),
+            (UpdateChoice.QUASI_HYPERBOLIC, ~self.leaning),
         ):
             place = _SETTING_CHOICES.index(choice)
             available[:, self._choices == place] &= (allowed & self.capable[:, place])[:, None]
@@ -342,10 +351,12 @@ class Schedule:
         )
         self.frozen ^= choice == _SETTING_CHOICES.index(UpdateChoice.FREEZE)
         self.tight ^= choice == _SETTING_CHOICES.index(UpdateChoice.TIGHTEN)
+        leaning = choice == _SETTING_CHOICES.index(UpdateChoice.QUASI_HYPERBOLIC)
+        self.leaning |= leaning
         cooling = choice == _SETTING_CHOICES.index(UpdateChoice.COOLDOWN)
         self.cooldown_start = np.where(cooling, self.step, self.cooldown_start)
         self.rollbacks_left -= rollback
-        changed = (level != self.level) | toggled | cooling | rollback
+        changed = (level != self.level) | toggled | leaning | cooling | rollback
         self.decisions_since_change = np.where(changed, 0, self.decisions_since_change + 1)
         self.level = level
         self.highest_level = np.maximum(self.highest_level, level)
@@ -367,14 +378,15 @@ class Schedule:
         self.level = np.where(lanes, lower, self.level)
         self.cooldown_start = np.where(lanes & (self.cooldown_start < 0), self.step, self.cooldown_start)
         self.frozen &= ~lanes
+        self.leaning &= ~lanes
         self.fallen_back |= lanes
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     _STATE = (
         "step", "total_steps", "given_rate", "level", "highest_level", "decisions_since_change", "last_action",
-        "frozen", "tight", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back", "weight_to_update",
-        "num_measurements", "grid_shift", "job_scale", "capable",
+        "frozen", "tight", "leaning", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back",
+        "weight_to_update", "num_measurements", "grid_shift", "job_scale", "capable",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
@@ -382,7 +394,10 @@ class Schedule:
         return {name: getattr(self, name).copy() for name in self._STATE}
 
     def load_state_dict(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        """Restores what `state_dict` gave, in version 0.2 as well, which called the scale `mode_scale`."""
+        """Restores what `state_dict` gave; in earlier versions too, whose jobs never leaned on their gradients."""
         for name in self._STATE:
-            older = name == "job_scale" and name not in state
-            setattr(self, name, np.array(state["mode_scale" if older else name]))
+            older = "mode_scale" if name == "job_scale" and name not in state else name
+            if older in state or name != "leaning":
+                setattr(self, name, np.array(state[older]))
+        missing = len(_SETTING_CHOICES) - self.capable.shape[1]
+        self.capable = np.pad(self.capable, ((0, 0), (0, max(missing, 0))))

@@ -31,6 +31,9 @@ class StepRates(Protocol):
     def clipping_factor(self) -> Floats:
         """What the job's gradient-norm limit is multiplied with, float64[1]."""
 
+    def momentum_share(self) -> Floats:
+        """Share of Adam's mean in an update, float64[1]; see `lean_on_gradient`."""
+
 
 class OptimizerFactory(Protocol):
     """Makes the optimizer of a session, whose groups' `lr` is set before every step."""

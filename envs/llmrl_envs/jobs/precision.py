@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from llmrl_envs.interface.momentum import lean_on_gradient
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,8 +51,24 @@ class Precision:
         if self._scaler.is_enabled():
             self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
-        """One optimizer step, not taken where the norm of all gradients is not finite."""
+    def step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor, momentum_share: float = 1.0) -> None:
+        """One optimizer step, not taken where the norm of all gradients is not finite.
+
+        Args:
+            optimizer: Steps.
+            gradient_norm: Of all gradients together, a scalar.
+            momentum_share: See `lean_on_gradient`.
+        """
+        if momentum_share == 1.0:
+            self._take_step(optimizer, gradient_norm)
+            return
+        leaning = optimizer.register_step_post_hook(lambda stepped, *_: lean_on_gradient(stepped, momentum_share))
+        try:
+            self._take_step(optimizer, gradient_norm)
+        finally:
+            leaning.remove()
+
+    def _take_step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
         finite = torch.isfinite(gradient_norm)
         if self._scaler.is_enabled():
             self._scaler.step(optimizer)

@@ -102,8 +102,9 @@ class FineTuningSession:
 
     @property
     def capabilities(self) -> frozenset[UpdateChoice]:
-        """Update choices that would change this job: freezing needs several layers, tightening a limit."""
+        """Update choices that would change this job: freezing needs layers, tightening a limit, leaning AdamW."""
         useless = set() if self._lower_half else {UpdateChoice.FREEZE}
+        useless |= set() if self._can_snapshot else {UpdateChoice.QUASI_HYPERBOLIC}
         useless |= set() if math.isfinite(self.task.optimizer.max_grad_norm) else {UpdateChoice.TIGHTEN}
         return frozenset(UpdateChoice) - useless
 
@@ -135,11 +136,11 @@ class FineTuningSession:
             raise ValueError(f"num_steps: expected 1 to {self.total_steps - self.step}, got {num_steps}")
         rates = [float(schedule.learning_rate(np.array([self.step + i]))[0]) for i in range(num_steps)]
         limit = self.task.optimizer.max_grad_norm * float(schedule.clipping_factor()[0])
-        frozen = bool(schedule.frozen[0])
+        frozen, share = bool(schedule.frozen[0]), float(schedule.momentum_share()[0])
         self._model.train()
         with self._own_random_state():
             for index, rate in enumerate(rates):
-                self._train_step(rate, limit, frozen=frozen, probe=self._record and index == num_steps - 1)
+                self._train_step(rate, limit, share, frozen=frozen, probe=self._record and index == num_steps - 1)
         if not self._record:
             return self._unrecorded(num_steps)
         world = self.parallel.world_size
@@ -153,7 +154,7 @@ class FineTuningSession:
         empty = self.initial_statistics()
         return TrainingStatistics(**{**vars(empty), "step": np.array([self.step], np.int64)})
 
-    def _train_step(self, rate: float, limit: float, *, frozen: bool, probe: bool) -> None:
+    def _train_step(self, rate: float, limit: float, share: float, *, frozen: bool, probe: bool) -> None:
         loss = self._accumulate_gradients()
         if frozen:
             for name in self._lower_half:
@@ -166,7 +167,7 @@ class FineTuningSession:
             self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=limit)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.precision.step(self.optimizer, norm)
+        self.precision.step(self.optimizer, norm, share)
         self._recorder.after_update(active, probe=probe)
         self.optimizer.zero_grad(set_to_none=True)
         if self._average:

@@ -25,13 +25,16 @@ class Scheduler(Protocol):
 
 
 class _Plain:
-    """What no baseline does: freeze layers, tighten clipping."""
+    """What no baseline does: freeze layers, tighten clipping, lean on a step's own gradient."""
 
     @property
     def frozen(self) -> Booleans:
         return np.zeros(1, np.bool_)
 
     def clipping_factor(self) -> Floats:
+        return np.ones(1)
+
+    def momentum_share(self) -> Floats:
         return np.ones(1)
 
 

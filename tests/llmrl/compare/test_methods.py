@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llmrl_envs.errors import UserError
 
@@ -48,6 +49,31 @@ def test_only_a_default_level_makes_the_given_rate_irrelevant(
 ) -> None:
     folder = make_policy(tmp_path / "policy", actions=actions, start=start)
     assert resolve_methods(make_config(), str(folder))["policy"].depends_on_rate is expected
+
+
+def test_hold_lean_is_hold_with_steps_that_lean_from_the_start(make_config) -> None:
+    methods = resolve_methods(make_config(methods=["hold", "hold_lean"]), "hold")
+    hold, leaning = methods["hold"], methods["hold_lean"]
+    assert leaning.digest != hold.digest
+    assert leaning.settings == hold.settings
+    assert not leaning.depends_on_rate
+    table = leaning.policy.table
+    mask = np.ones((2, table.num_actions), np.bool_)
+    mask[1, table.names.index("lean")] = False
+    actions = leaning.policy.act(np.zeros((2, leaning.policy.spec.size), np.float32), mask).actions
+    assert [table.names[action] for action in actions] == ["lean", "hold"]
+
+
+def test_a_guard_without_validation_is_another_method_and_asks_for_none(make_config) -> None:
+    usual, cheap = (
+        resolve_methods(make_config(methods=["hold", "linear"], guard_validates=validates), "hold")
+        for validates in (True, False)
+    )
+    assert [usual["hold"].validations, cheap["hold"].validations] == ["guard", "never"]
+    assert usual["hold"].digest != cheap["hold"].digest
+    assert usual["linear"].digest == cheap["linear"].digest
+    assert cheap["linear"].validations == "never"
+    assert cheap["hold"].description["guard_validates"] is False
 
 
 def test_settings_of_the_comparison_replace_those_of_the_policy(make_config, make_policy, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ TASK = {
 class Scripted(SchedulePolicy):
     """Takes a list of actions by name, by the number of the decision, whatever it sees."""
 
-    def __init__(self, actions, settings=None):
-        hold = hold_policy(settings)
+    def __init__(self, actions, settings=None, table="moves"):
+        hold = hold_policy(settings, table)
         super().__init__(hold.table, hold.spec, hold.settings, None)
         self.actions = list(actions)
         self.seen = []

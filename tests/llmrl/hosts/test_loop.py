@@ -275,17 +275,54 @@ def test_freezing_leaves_the_lower_half_alone(scripted, wrap):
     assert low.requires_grad
 
 
+def test_steps_lean_on_their_gradient_from_where_the_policy_says_and_the_optimizer_is_left_as_it_was(scripted):
+    loops = [Loop(scripted(actions, table="lean"), steps=12) for actions in (["hold"], ["hold", "lean"])]
+    for number in range(12):
+        for loop in loops:
+            loop.step(number)
+        same = torch.equal(loops[0].weights(), loops[1].weights())
+        assert same == (number < 2), number
+        assert not loops[1].optimizer._optimizer_step_post_hooks
+    mean = loops[1].optimizer.state[next(loops[1].model.parameters())]["exp_avg"]
+    assert torch.isfinite(mean).all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_not_finite_is_not_leant_on(scripted, fused):
+    loop = Loop(scripted(["lean"], table="lean"), steps=12, fused=fused)
+    for number in range(4):
+        loop.step(number)
+    before = loop.weights()
+    loop.step(4, factor=float("inf"))
+    assert torch.equal(loop.weights(), before)
+    loop.step(5)
+    assert not torch.equal(loop.weights(), before)
+    assert torch.isfinite(loop.weights()).all()
+
+
+def test_only_adam_can_lean(scripted):
+    model = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    policy = scripted(["lean"] * 4, table="lean")
+    for kind, leans in ((torch.optim.Adam, True), (torch.optim.AdamW, True), (torch.optim.NAdam, False)):
+        controller = ScheduleController(policy)
+        found = controller.attach(model, kind(model.parameters(), lr=1e-4), total_steps=8)
+        assert ("quasi_hyperbolic" not in [choice.value for choice in found.masked]) == leans
+        assert controller.job.loop.schedule.leaning[0] == leans
+        policy.seen.clear()
+
+
 # -- state ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_loop_goes_on_from_accelerates_checkpoint_bit_for_bit(scripted, tmp_path, place):
-    actions = ["hold", "one_up", "rollback", "freeze", "tighten"]
+@pytest.mark.parametrize("table", ["moves", "lean"])
+def test_a_loop_goes_on_from_accelerates_checkpoint_bit_for_bit(scripted, tmp_path, place, table):
+    actions = ["hold", "one_up", "rollback", "freeze", "tighten"] if table == "moves" else ["hold", "lean", "one_up"]
     accelerator = Accelerator(cpu=True)
 
     def fresh(name):
         options = {"snapshots": place, "snapshot_folder": tmp_path / name}
-        made = Loop(scripted(actions), accelerator=accelerator, **options)
+        made = Loop(scripted(actions, table=table), accelerator=accelerator, **options)
         accelerator.register_for_checkpointing(made.controller)
         return made
 

@@ -23,7 +23,10 @@ CASES = {
     "linear": {"steps": 8},
     "classes": {"objective": "classification", "data": "classes.jsonl", "steps": 8},
 }
-ACTIONS = ("hold", "one_up", "freeze", "rollback", "tighten", "hold", "two_down")
+ACTIONS = {
+    "moves": ("hold", "one_up", "freeze", "rollback", "tighten", "hold", "two_down"),
+    "lean": ("hold", "lean", "one_up", "hold", "hold", "cooldown"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +81,13 @@ def test_the_saved_model_loads_and_is_the_one_that_was_measured(folder, case):
     assert {path.suffix for path in model.iterdir()} <= {".json", ".safetensors", ".md", ".txt", ".jinja"}
 
 
-def test_every_update_choice_does_in_shards_what_it_does_in_one_process(folder):
-    """Freezing, rolling back and tightening among them; one process's third loss is infinite."""
-    alone, first, second = (json.loads((folder / f"choices-{name}.json").read_text()) for name in ("alone", "0", "1"))
+@pytest.mark.parametrize("table", ACTIONS)
+def test_every_update_choice_does_in_shards_what_it_does_in_one_process(folder, table):
+    """Freezing, rolling back, tightening and leaning among them; one process's third loss is infinite."""
+    alone, first, second = (json.loads((folder / f"{table}-{name}.json").read_text()) for name in ("alone", "0", "1"))
     assert [row["action"] for row in first] == [row["action"] for row in alone]
     assert [row["events"] for row in first] == [row["events"] for row in alone]
-    assert any("rollback" in row["events"] for row in first)
+    assert any("rollback" in row["events"] for row in first) == (table == "moves")
     assert first[0]["events"]["skipped_steps"] == 1
     assert first == second
     for mine, expected in zip(first, alone, strict=True):
@@ -116,29 +120,29 @@ def make_config(folder, case):
     return FinetuneConfig(task=task, learning_rate=1e-3, tracking={"wandb": "disabled"}, seed=3)
 
 
-def make_policy():
+def make_policy(table):
     from llmrl.policy import PolicyDecision, SchedulePolicy, hold_policy
 
     class Wilful(SchedulePolicy):
         decisions = 0
 
         def act(self, observation, mask):
-            name = ACTIONS[self.decisions] if self.decisions < len(ACTIONS) else "hold"
+            name = ACTIONS[table][self.decisions] if self.decisions < len(ACTIONS[table]) else "hold"
             self.decisions += 1
             return PolicyDecision(np.array([self.table.names.index(name)]), np.zeros(mask.shape, np.float32))
 
-    hold = hold_policy()
+    hold = hold_policy(actions=table)
     return Wilful(hold.table, hold.spec, hold.settings, None)
 
 
-def run_choices(folder, run, context):
+def run_choices(folder, run, context, table):
     """A job in which every update choice is made, and one process's third backward pass is of an infinite loss."""
     from llmrl_envs.jobs.loading import JobLibrary
 
     from llmrl.decisions import decision_row
 
     job = JobLibrary("cpu").job(make_task(folder, "full"))
-    policy = make_policy()
+    policy = make_policy(table)
     calls = iter(range(10**6))
 
     def break_loss(module, arguments, output):
@@ -178,9 +182,10 @@ def one_of_two(folder, efficient):
     assert context.sharded
     # accelerate keeps the first model's layers in mind, so each job gets a plugin of its own.
     run_cases(folder, "sharded", lambda: shard_on_cpu(efficient_loading=efficient))
-    shard_on_cpu(efficient_loading=efficient)
-    rows = run_choices(folder, partial(run_sharded_job, context=context), context)
-    (folder / f"choices-{context.rank}.json").write_text(json.dumps(rows))
+    for table in ACTIONS:
+        shard_on_cpu(efficient_loading=efficient)
+        rows = run_choices(folder, partial(run_sharded_job, context=context), context, table)
+        (folder / f"{table}-{context.rank}.json").write_text(json.dumps(rows))
     config = make_config(folder, "full")
     config = config.model_copy(update={"task": config.task.model_copy(update={"precision": "fp16"})})
     try:
@@ -207,8 +212,9 @@ def main(folder):
     write_inputs(folder)
     debug_launcher(one_of_two, args=(folder, False), num_processes=2)
     run_cases(folder, "alone")
-    rows = run_choices(folder, partial(run_job, parallel=SingleProcess()), SingleProcess())
-    (folder / "choices-alone.json").write_text(json.dumps(rows))
+    for table in ACTIONS:
+        rows = run_choices(folder, partial(run_job, parallel=SingleProcess()), SingleProcess(), table)
+        (folder / f"{table}-alone.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

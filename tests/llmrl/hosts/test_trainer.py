@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from llmrl import ScheduleCallback
 
 ACTIONS = ("hold", "one_up", "one_up", "rollback", "freeze", "tighten", "two_down", "hold")
+LEANING_ACTIONS = ("hold", "lean", "one_up", "hold", "hold", "cooldown", "hold", "hold")
 
 
 class Rates(TrainerCallback):
@@ -35,24 +36,29 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"mode": "lora"}], ids=str)
-def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, changes, scripted, task_settings):
+@pytest.mark.parametrize(
+    ("changes", "table"),
+    [({}, "moves"), ({}, "lean"), ({"gradient_accumulation": 2}, "moves"), ({"mode": "lora"}, "moves"),
+     ({"mode": "lora"}, "lean")],
+    ids=str,
+)  # fmt: skip
+def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, changes, table, scripted, task_settings):
     """The same job, seed and actions: equal observations and equal learning rates.
 
     Both sum a batch's losses in another order, so that losses differ in their last bit; features that divide by a small
     difference of losses make more of that.
     """
     task = FineTuningTask.model_validate({**task_settings, **changes})
-    env = FineTuningEnv({"tasks": [task]})
+    env, actions = FineTuningEnv({"tasks": [task]}, actions=table), ACTIONS if table == "moves" else LEANING_ACTIONS
     seen = [env.reset(options={"job": SampledTask(task, 0, 1e-5, 3)})[0]]
     rates = []
-    for name in ACTIONS:
+    for name in actions:
         observation, _, terminated, _, _ = env.step(env.unwrapped._steering.schedule.table.names.index(name))
         seen.append(observation)
         rates.append(env._history.learning_rates[-1])
     assert terminated
 
-    policy = scripted(ACTIONS)
+    policy = scripted(actions, table=table)
     callback = ScheduleCallback(policy, snapshots="memory")
     trainer = make_trainer(
         [callback], task=changes, gradient_accumulation_steps=task.gradient_accumulation, weight_decay=0.01
@@ -63,9 +69,12 @@ def test_a_trainer_shows_the_policy_what_the_environment_shows(make_trainer, cha
     trainer.train()
     records = callback.controller.records
     np.testing.assert_allclose([record.learning_rate for record in records], rates, rtol=1e-6)
-    for index in range(len(ACTIONS)):
+    for index in range(len(actions)):
         np.testing.assert_allclose(policy.seen[index], seen[index], rtol=1e-6, atol=1e-5, err_msg=str(index))
-    assert [record.decision.action_name for record in records] == list(ACTIONS)
+    assert [record.decision.action_name for record in records] == list(actions)
+    mine = torch.cat([p.detach().flatten() for p in env.unwrapped._session._parameters.values()])
+    trained = torch.cat([p.detach().flatten() for p in trainer.job.loaded.trainable.values()])
+    torch.testing.assert_close(trained, mine, rtol=1e-3, atol=1e-5)
 
 
 def test_the_rate_that_is_logged_is_the_one_that_trained(make_trainer, scripted):

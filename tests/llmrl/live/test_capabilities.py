@@ -61,8 +61,9 @@ def test_a_deepspeed_configuration_without_a_scheduler_is_welcome():
 
 
 def test_deepspeed_leaves_moving_the_level_and_cooling_down():
+    layer = torch.nn.Linear(1, 1)
     found = find_capabilities(
-        Distribution.DEEPSPEED, torch.nn.Linear(1, 1), has_layers=True, max_grad_norm=1.0, keeps_snapshots=True
+        Distribution.DEEPSPEED, layer, has_layers=True, max_grad_norm=1.0, keeps_snapshots=True, is_adam=True
     )
     assert found.choices == {UpdateChoice.NONE, UpdateChoice.COOLDOWN}
     assert "inside the backward pass" in found.describe()

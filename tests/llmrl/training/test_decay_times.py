@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmrl.config import TrainConfig
 from llmrl.policy import SchedulePolicy
 from llmrl.run_directory import read_jsonl
-from llmrl.training.decay_times import PLANS, RISING_PLANS, DecayTimes, plans_of
+from llmrl.training.decay_times import PLAIN_PLANS, PLANS, RISING_PLANS, DecayTimes, plans_of
 from llmrl.training.loop import train
 
 TABLE = action_table("decay")
@@ -161,6 +161,67 @@ def test_rising_is_worth_the_best_time_to_come_up_there_less_beginning_now_down_
     assert waits[last] == pytest.approx((1.0 - np.interp(last, *above)) / 2.5)
 
 
+LEANING_TABLE = action_table("lean")
+LEANING_SPEC = ObservationSpec(LEANING_TABLE)
+LEAN = LEANING_TABLE.names.index("lean")
+LEANING_SIZE = len(PLAIN_PLANS) + RISING_SIZE
+
+
+def play_leaning(script: DecayTimes, gains: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As `play_rising`, where steps can lean: progress of rising, of the cooldown and of leaning, [3, E]."""
+    num_envs = len(gains)
+    done, none = np.full((3, num_envs), np.nan), np.zeros(num_envs, np.bool_)
+    for decision, progress in enumerate(DECISIONS):
+        obs = np.zeros((num_envs, LEANING_SPEC.size), np.float32)
+        obs[:, LEANING_SPEC.names.index("progress")] = progress
+        mask = np.zeros((num_envs, LEANING_TABLE.num_actions), np.bool_)
+        is_free, leans = np.isnan(done[1]), ~np.isnan(done[2])
+        mask[:, HOLD], mask[:, COOLDOWN], mask[:, LEAN] = True, is_free & (decision >= FIRST), is_free & ~leans
+        in_window = WINDOW[0] <= round(progress, 9) <= WINDOW[1]
+        mask[:, RISE] = is_free & leans & np.isnan(done[0]) & in_window
+        mask[::LEANING_SIZE, 1:] = False
+        actions = script.act(obs, mask, explore=True)
+        assert mask[np.arange(num_envs), actions].all()
+        for row, action in enumerate((RISE, COOLDOWN, LEAN)):
+            done[row, actions == action] = progress
+        last = np.full(num_envs, decision == len(DECISIONS) - 1)
+        script.observe(obs, actions, np.where(last, gains, 0.0), last, none, obs, mask, mask)
+    return done
+
+
+def test_where_steps_can_lean_three_members_do_not_and_the_others_do_from_the_start() -> None:
+    told: Any = Listener()
+    script = DecayTimes(told, LEANING_TABLE, LEANING_SPEC, LEANING_SIZE, "wsd_40")
+    rose, began, leant = play_leaning(script, np.ones(LEANING_SIZE))
+    plain, rising = len(PLAIN_PLANS), len(PLAIN_PLANS) + len(PLANS)
+    assert np.isnan(leant[:plain]).all()
+    assert leant[plain:] == pytest.approx(np.zeros(RISING_SIZE))
+    assert np.isnan(rose[:rising]).all()
+    assert rose[rising:] == pytest.approx(np.full(4, 0.1))
+    assert np.isnan(began[[0, plain, rising]]).all()
+    assert began[1:plain] == pytest.approx(np.array([0.1, 0.2]))
+    assert began[plain + 1 : rising] == pytest.approx(np.array([0.1, 0.15, 0.2, 0.3, 0.45]))
+
+
+def test_leaning_is_worth_the_best_time_to_come_less_beginning_now_without() -> None:
+    told: Any = Listener()
+    gains = np.array([0.8, 1.0, 1.2, 0.9, 1.0, 1.2, 1.6, 2.0, 1.4, 1.0, 1.5, 2.2, 2.5])
+    play_leaning(DecayTimes(told, LEANING_TABLE, LEANING_SPEC, LEANING_SIZE, "wsd_40"), gains)
+    rows = {(lane, p, action): reward for lane, p, action, reward in told.rows}
+    leans = {p: reward for (lane, p, action), reward in rows.items() if action == LEAN}
+    assert {lane for lane, _, action in rows if action == LEAN} == {0}
+    # As soon as the plain members have begun their decay nothing says any more what leaning would have gained.
+    assert list(leans) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    for p, reward in leans.items():
+        assert reward == pytest.approx((2.0 - np.interp(p, [0.1, 0.2, 0.6], gains[[1, 2, 0]])) / 2.5), p
+    waits = {p: reward for (lane, p, action), reward in rows.items() if (lane, action) == (0, HOLD)}
+    assert waits[0.0] == pytest.approx((1.2 - 1.0) / 2.5)
+    assert (0, 0.0, COOLDOWN) not in rows
+    assert rows[0, 0.1, COOLDOWN] == 0.0
+    rises = {lane: reward for (lane, p, action), reward in rows.items() if action == RISE and p == 0.1}
+    assert rises == {len(PLAIN_PLANS): pytest.approx((2.5 - 1.0) / 2.5)}
+
+
 def test_several_groups_are_told_of_in_their_own_lanes() -> None:
     agent = Listener()
     script = make(agent, 2 * GROUP_SIZE)
@@ -208,7 +269,7 @@ def make_config(env: dict[str, Any] | None = None, **agent: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("actions", ["decay", "rise", "moves"])
+@pytest.mark.parametrize("actions", ["decay", "rise", "moves", "lean"])
 def test_a_run_collects_contrasts_and_another_learns_from_them(actions: str, tmp_path: Path) -> None:
     size = len(plans_of(action_table(actions)))
     train(config=make_config({"actions": actions, "population": size, "groups": size}), output=tmp_path / "experience")
@@ -228,6 +289,7 @@ def test_a_run_collects_contrasts_and_another_learns_from_them(actions: str, tmp
         ({"population": 12}, "population 6"),
         ({"actions": "rise"}, "population 10"),
         ({"actions": "moves"}, "population 10"),
+        ({"actions": "lean"}, "population 13"),
         ({"actions": "moves_only", "population": 10, "groups": 10}, r"env\.actions with a cooldown"),
         ({"schedule": {"base": "linear"}}, "stays at its peak"),
     ],

@@ -8,6 +8,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ACTION_TABLES, DEFAULT_RELATIVE_UPDATE, UpdateChoice, action_table
 from llmrl_envs.interface.base_schedule import base_factor, decision_intervals
 from llmrl_envs.interface.job_scale import LORA_LEVEL_SCALE
+from llmrl_envs.interface.momentum import QUASI_HYPERBOLIC_SHARE
 from llmrl_envs.interface.schedule import TIGHT_CLIPPING, Schedule, ScheduleSettings
 from llmrl_envs.interface.statistics import TuningMode
 
@@ -485,3 +486,34 @@ def test_a_restored_schedule_goes_on_as_if_never_interrupted(program):
     run_program(made, [np.arange(LANES)] * 2, program)
     assert_same(made[0].state_dict(), made[1].state_dict())
     assert_same(state, {name: value.copy() for name, value in state.items()})
+
+
+# -- steps that lean on their own gradient ----------------------------------------------------------------------------
+
+
+def test_leaning_lasts_until_a_guard_takes_over_and_only_then_may_the_level_rise():
+    schedule = build("lean")
+    at(schedule, 30)
+    assert available(schedule) == {"hold", "cooldown", "lean"}
+    assert schedule.momentum_share() == pytest.approx(1.0)
+    do(schedule, "one_up", "lean")
+    assert schedule.level_value() == pytest.approx(2.5e-3)
+    assert available(schedule) == {"hold", "cooldown", "one_up"}
+    do(schedule, "lean", "one_up", "cooldown")
+    assert schedule.level_value() == pytest.approx(2.5e-3 * 1.7)
+    assert schedule.momentum_share() == pytest.approx(QUASI_HYPERBOLIC_SHARE)
+    schedule.fall_back(np.array([True]))
+    assert schedule.momentum_share() == pytest.approx(1.0)
+    schedule.reset(np.array([0]), np.array([100]), np.array([1e-3]))
+    assert "lean" in available(schedule)
+
+
+def test_the_state_of_a_version_that_could_not_lean_is_still_read():
+    schedule, other = build(), build()
+    state = schedule.state_dict()
+    del state["leaning"]
+    state["capable"] = state["capable"][:, :-1]
+    other.load_state_dict(state)
+    assert not other.leaning[0]
+    assert available(other) == available(schedule)
+    assert other.capable.shape == schedule.capable.shape

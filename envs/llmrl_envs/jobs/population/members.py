@@ -49,6 +49,7 @@ class IntervalPlan:
         limit: Gradient norm above which a gradient is scaled down.
         frozen: The lower half of the layers stays as it is.
         probe: Measure the update at the last step.
+        momentum_share: Of Adam's mean in its updates; see `lean_on_gradient`.
     """
 
     member: Member
@@ -56,6 +57,7 @@ class IntervalPlan:
     limit: float
     frozen: bool = False
     probe: bool = True
+    momentum_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmrl_envs.interface.momentum import gradient_lead
 from llmrl_envs.jobs.population.columns import ColumnLayout
 from llmrl_envs.jobs.population.stack import grown
 from llmrl_envs.jobs.task import OptimizerSettings
@@ -33,6 +34,7 @@ class RowStep:
         limits: float32[M], gradient norms above which a gradient is scaled down.
         norms: float32[M], the gradient norms; a row whose norm is not finite is not stepped.
         frozen: Rows, counted from `start`, whose lower half stays as it is, moments and step count included.
+        momentum_shares: Share of the mean in each row's update, see `lean_on_gradient`; empty for plain Adam.
     """
 
     start: int
@@ -41,6 +43,11 @@ class RowStep:
     limits: Tensor
     norms: Tensor
     frozen: frozenset[int] = frozenset()
+    momentum_shares: tuple[float, ...] = ()
+
+    def leans(self) -> bool:
+        """Whether some row's update is not plain Adam's."""
+        return any(share != 1.0 for share in self.momentum_shares)
 
 
 class PopulationAdamW:
@@ -133,6 +140,13 @@ class PopulationAdamW:
                     maximize=False,
                     grad_scale=scales[index],
                 )
+                if step.leans() and step.momentum_shares[index] != 1.0:
+                    rate = rates[index] * (1.0 - step.momentum_shares[index])
+                    for part, (_, _, place) in enumerate(parts):
+                        count = float(self.steps[row, place])
+                        corrections = 1.0 - beta1**count, 1.0 - beta2**count
+                        lead = gradient_lead(slopes[part], means[part], squares[part], *corrections, eps)
+                        values[part].sub_(lead.mul_(rate))
 
     def _parts(self, *, frozen: bool, decay: bool) -> list[tuple[list[tuple[int, int, int]], bool]]:
         """Column ranges (start, stop, place of their step count) that share a decay, and whether they have it."""
@@ -161,7 +175,8 @@ class PopulationAdamW:
             gradient = torch.where(moves > 0, gradients[rows, columns] * clip[:, None], 0.0)
             mean, square = self.exp_avg[rows, columns], self.exp_avg_sq[rows, columns]
             mean.lerp_(gradient, ((1.0 - beta1) * moves).to(dtype).expand_as(gradient))
-            square.lerp_(gradient.square_(), ((1.0 - beta2) * moves).to(dtype).expand_as(gradient))
+            squared = gradient.square() if step.leans() else gradient.square_()
+            square.lerp_(squared, ((1.0 - beta2) * moves).to(dtype).expand_as(gradient))
             count = counts[:, part : part + 1].clamp(min=1.0)
             correction1, correction2 = 1.0 - beta1**count, 1.0 - beta2**count
             weight = weights[rows, columns]
@@ -170,3 +185,6 @@ class PopulationAdamW:
                 weight[:, first - start : last - start] *= (1.0 - rate * decay).to(dtype)
             denominator = square.sqrt().mul_(correction2.rsqrt().to(dtype)).add_(eps.to(dtype))
             weight.sub_(torch.div(mean, denominator).mul_((rate / correction1).to(dtype)))
+            if step.leans():
+                own = rate * (1.0 - torch.tensor(step.momentum_shares, dtype=rate.dtype).to(rate.device)[:, None])
+                weight.sub_((gradient - mean / correction1.to(dtype)).div_(denominator).mul_(own.to(dtype)))

@@ -64,6 +64,7 @@ class PopulationTraining:
             rates[: lengths[place], place] = plan.rates
         on_device = torch.from_numpy(rates).to(self._device, non_blocking=True)
         limits = torch.tensor([plan.limit for plan in plans], device=self._device)
+        shares_of_mean = tuple(plan.momentum_share for plan in plans)
         measured = torch.full((2, longest, len(plans)), float("nan"), device=self._device)
         probes = torch.full((4, len(plans)), float("nan"), device=self._device)
         self._stack.model.train()
@@ -75,7 +76,7 @@ class PopulationTraining:
             frozen = frozenset(place for place in range(count) if plans[place].frozen)
             norms = self._gradient_norms(start, stop, frozen)
             measured[1, index, :count] = norms
-            step = RowStep(start, stop, on_device[index, :count], limits[:count], norms, frozen)
+            step = RowStep(start, stop, on_device[index, :count], limits[:count], norms, frozen, shares_of_mean[:count])
             ending = [place for place in range(count) if lengths[place] == index + 1 and plans[place].probe]
             self._step(step, probes, ending)
             for member in members[:count]:

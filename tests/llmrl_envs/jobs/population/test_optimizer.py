@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from llmrl_envs.interface.momentum import lean_on_gradient
 from llmrl_envs.jobs.population.columns import ColumnLayout
 from llmrl_envs.jobs.population.optimizer import PopulationAdamW, RowStep
 from llmrl_envs.jobs.task import OptimizerSettings
@@ -28,7 +29,7 @@ class Twin:
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
         self.settings = settings
 
-    def step(self, gradients, rate, limit, *, frozen):
+    def step(self, gradients, rate, limit, *, frozen, share):
         for name, parameter in self.parameters.items():
             parameter.grad = None if frozen and name in LOWER else gradients[name].clone()
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
@@ -36,6 +37,7 @@ class Twin:
             group["lr"] = rate
         if torch.isfinite(norm):
             self.optimizer.step()
+            lean_on_gradient(self.optimizer, share)
         return norm
 
 
@@ -56,15 +58,16 @@ def test_one_hundred_random_steps_equal_those_of_separate_optimizers(by_row):
     for _ in range(100):
         rates, limits = 10.0 ** rng.uniform(-4, -1, jobs), 10.0 ** rng.uniform(-1, 1, jobs)
         frozen = frozenset(np.flatnonzero(rng.random(jobs) < 0.3).tolist())
+        shares = tuple(rng.choice([0.5, 0.7, 1.0], jobs).tolist())
         norms = []
         for row, twin in enumerate(twins):
             found = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
             if rng.random() < 0.1:
                 found["upper.weight"][0, 0] = float("nan")
             gradients[start + row] = layout.flatten(found)
-            norms.append(twin.step(found, rates[row], limits[row], frozen=row in frozen))
+            norms.append(twin.step(found, rates[row], limits[row], frozen=row in frozen, share=shares[row]))
         limits = torch.tensor(limits, dtype=torch.float32)
-        step = RowStep(start, start + jobs, torch.from_numpy(rates), limits, torch.stack(norms), frozen)
+        step = RowStep(start, start + jobs, torch.from_numpy(rates), limits, torch.stack(norms), frozen, shares)
         optimizer.step(weights, gradients, step)
     for row, twin in enumerate(twins):
         for name, parameter in twin.parameters.items():

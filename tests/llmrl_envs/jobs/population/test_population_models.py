@@ -40,14 +40,17 @@ def make_directory(tmp_path_factory, make_tokenizer):
 class AtRates:
     """A schedule of given rates, as `FineTuningSession` asks for them."""
 
-    def __init__(self, rates, *, frozen=False):
-        self._rates, self.frozen = rates, np.array([frozen])
+    def __init__(self, rates, *, frozen=False, share=1.0):
+        self._rates, self.frozen, self._share = rates, np.array([frozen]), share
 
     def learning_rate(self, step):
         return np.array([self._rates[int(step[0]) % len(self._rates)]])
 
     def clipping_factor(self):
         return np.ones(1)
+
+    def momentum_share(self):
+        return np.array([self._share])
 
 
 def noise_only(name):
@@ -63,7 +66,7 @@ def evaluate(population, members, full_core):
 
 
 def check(job, *, level_norm="effective", seeds=(3, 8)):
-    """Two intervals, the second one frozen in one job, against jobs one by one."""
+    """Two intervals, in the second one job is frozen and another leans on its gradients, against jobs one by one."""
     population = PopulationSession(job, level_norm=level_norm)
     members = [population.add(job, seed) for seed in seeds]
     assert population.initial_norms() == pytest.approx(
@@ -71,14 +74,17 @@ def check(job, *, level_norm="effective", seeds=(3, 8)):
     )
     first = population.run_interval([IntervalPlan(member, RATES, 1.0) for member in members])
     again = population.run_interval(
-        [IntervalPlan(member, RATES, 1.0, frozen=index == 0) for index, member in enumerate(members)]
+        [
+            IntervalPlan(member, RATES, 1.0, frozen=index == 0, momentum_share=(1.0, 0.7)[index])
+            for index, member in enumerate(members)
+        ]
     )
     ways = [evaluate(population, members, full_core) for full_core in (1, 2**60)]
     for index, seed in enumerate(seeds):
         session = FineTuningSession(job, seed=seed, level_norm=level_norm)
         capable = bool(population.stack.lower_half)
-        for results, frozen in ((first, False), (again, index == 0 and capable)):
-            wanted = session.run_interval(3, AtRates(RATES, frozen=frozen))
+        for results, frozen, share in ((first, False, 1.0), (again, index == 0 and capable, (1.0, 0.7)[index])):
+            wanted = session.run_interval(3, AtRates(RATES, frozen=frozen, share=share))
             found = results[index]
             np.testing.assert_allclose(found.loss, wanted.loss[0], rtol=2e-5)
             np.testing.assert_allclose(found.gradient_norm, wanted.gradient_norm[0], rtol=1e-4)
