@@ -75,7 +75,7 @@ def check(job, *, level_norm="effective", seeds=(3, 8)):
     first = population.run_interval([IntervalPlan(member, RATES, 1.0) for member in members])
     again = population.run_interval(
         [
-            IntervalPlan(member, RATES, 1.0, frozen=index == 0, momentum_share=(1.0, 0.7)[index])
+            IntervalPlan(member, RATES, 1.0, frozen=index == 0, momentum_share=0.7 if index == 1 else 1.0)
             for index, member in enumerate(members)
         ]
     )
@@ -83,7 +83,10 @@ def check(job, *, level_norm="effective", seeds=(3, 8)):
     for index, seed in enumerate(seeds):
         session = FineTuningSession(job, seed=seed, level_norm=level_norm)
         capable = bool(population.stack.lower_half)
-        for results, frozen, share in ((first, False, 1.0), (again, index == 0 and capable, (1.0, 0.7)[index])):
+        for results, frozen, share in (
+            (first, False, 1.0),
+            (again, index == 0 and capable, 0.7 if index == 1 else 1.0),
+        ):
             wanted = session.run_interval(3, AtRates(RATES, frozen=frozen, share=share))
             found = results[index]
             np.testing.assert_allclose(found.loss, wanted.loss[0], rtol=2e-5)
