@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT", "HOLD", "PolicyDecision", "SchedulePolicy", "hold_policy", "is_classifier"]
 
+_BUT_LEAN = "_but_lean"
 _CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 
 
@@ -57,7 +58,7 @@ class SchedulePolicy:
         settings: The schedule that the actions were learned with.
         network: The Q-network, or several; None holds.
         provenance: What the policy was trained on, JSON-ready.
-        holds_on: Jobs on which it keeps the level and the base of *hold*; see `for_model`.
+        holds_on: Jobs that it was found to do harm on, so that it holds there; see `for_model`.
 
     Attributes:
         reference: What it was loaded by; its name where it was made here.
@@ -107,23 +108,25 @@ class SchedulePolicy:
         return found.hexdigest()[:16]
 
     def for_model(self, model: nn.Module, num_parameters: int) -> SchedulePolicy:
-        """This policy; where `holds_on` says so, one of its name that keeps the level and the base of *hold*.
+        """This policy; where `holds_on` says so, *hold* under its name, on all levels that a guard may come down to.
 
-        That one may still lean on gradients, if this one's actions can: its network then chooses between that and
-        holding alone. Otherwise it is *hold*, on all levels that a guard may come down to.
+        Where `holds_on` has the kind of job with `_but_lean` behind it, and its actions can lean, it is one of its name
+        that keeps the level and the base of *hold*, and whose network chooses between leaning and holding alone.
 
         Args:
             model: "classification" are models with a head for classes.
             num_parameters: Of the whole model. "larger_models" have more than the language models that the default
                 level was measured on.
         """
-        kinds: dict[HoldsOn, bool] = {
+        kinds = {
             "classification": is_classifier(model),
             "larger_models": num_parameters > job_scale.LARGEST_LANGUAGE_MODEL,
         }
-        if not any(kinds[name] for name in self.holds_on):
+        found = [name for name in self.holds_on if kinds[name.removesuffix(_BUT_LEAN)]]
+        if not found:
             return self
-        if self.network is not None and self.table.can_lean:
+        leaning = self.network is not None and self.table.can_lean and all(name.endswith(_BUT_LEAN) for name in found)
+        if leaning:
             holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), self.network, self.provenance)
             leans = [action.choice is UpdateChoice.QUASI_HYPERBOLIC for action in self.table.actions]
             holding._allowed = np.array(leans) | (np.arange(self.table.num_actions) == self.table.hold)

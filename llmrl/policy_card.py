@@ -58,8 +58,8 @@ def policy_card(
         "It knows the tasks listed under training. On other models, data, budgets or optimizers compare it with `hold`",
         "and with a linear decay before trusting it (`llmrl compare`).",
         *(
-            f"It was found to do harm on {kind.replace('_', ' ')} and holds there"
-            f"{', but for leaning on gradients' if table.can_lean else ''}."
+            f"It was found to do harm on {kind.removesuffix('_but_lean').replace('_', ' ')} and holds there"
+            f"{', but for leaning on gradients' if kind.endswith('_but_lean') else ''}."
             for kind in holds_on
         ),
         "",

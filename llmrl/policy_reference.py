@@ -23,8 +23,8 @@ from llmrl_envs.errors import UserError
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 POLICY_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 HOLD, DEFAULT = "hold", "default"
-HoldsOn = Literal["classification", "larger_models"]
-"""Jobs that a policy may be told to hold on: see `SchedulePolicy.for_model`."""
+HoldsOn = Literal["classification", "larger_models", "classification_but_lean", "larger_models_but_lean"]
+"""Jobs that a policy may be told to hold on, or to do nothing but lean on: see `SchedulePolicy.for_model`."""
 WANDB_PREFIX = "wandb:"
 FORMS = "a folder, a Hub id (owner/name), wandb:entity/project/name:alias, 'default' or 'hold'"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llmrl_envs.errors import UserError
+from numpy.typing import NDArray
 
 from llmrl.cli import main
 from llmrl.hosts.trainer import ScheduleCallback
@@ -63,21 +64,46 @@ def test_it_decays_unless_sure_and_names_no_place_of_its_maker() -> None:
     [(0.3, -0.3, "hold"), (0.0, -0.5, "cooldown"), (-0.05, -0.6, "cooldown")],
 )
 def test_it_waits_with_the_decay_while_gradients_agree(cosine: float, signal_to_noise: float, action: str) -> None:
-    assert set(decided([0.06, 0.1, 0.2, 0.3, 0.4], cosine, signal_to_noise)) == {action}
+    assert set(decided([0.15, 0.2, 0.3, 0.4], cosine, signal_to_noise)) == {action}
 
 
-def test_it_rises_where_they_agree_well() -> None:
-    assert decided([0.2], 0.6, -0.1) == ["one_up"]
+def test_it_leans_from_the_first_decision_on() -> None:
+    assert decided([0.0], 0.0, 0.0, leaning=False) == ["lean"]
+    assert set(decided([0.06, 0.1, 0.2], 0.05, -0.45, leaning=False)) == {"lean"}
 
 
-def test_what_a_host_cannot_measure_is_no_reason_to_rise() -> None:
-    assert set(decided([0.06, 0.1, 0.15, 0.2], 0.0, 0.0)) <= {"hold", "cooldown"}
-    assert set(decided([0.3, 0.4, 0.5], 0.0, 0.0)) == {"cooldown"}
+def test_rising_is_worth_more_the_better_gradients_agree() -> None:
+    worth = [valued(cosine, noise)["one_up"] for cosine, noise in ((0.6, -0.1), (0.3, -0.3), (0.1, -0.4), (0.0, -0.5))]
+    assert worth == sorted(worth, reverse=True)
+    assert worth[0] > 0.0 > worth[-1]
 
 
-def decided(progress: list[float], cosine: float, signal_to_noise: float) -> list[str]:
+def test_what_a_host_cannot_measure_is_no_reason_to_rise_or_wait() -> None:
+    assert set(decided([0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5], 0.0, 0.0)) == {"cooldown"}
+
+
+def valued(cosine: float, signal_to_noise: float) -> dict[str, float]:
+    """Values at an eighth of the budget of a job that leans, less that of beginning to decay."""
+    policy = SchedulePolicy.from_pretrained("default")
+    obs = observations(policy, [0.125], cosine, signal_to_noise, leaning=True)
+    values = policy.act(obs, np.ones((1, policy.table.num_actions), np.bool_)).q_values[0]
+    return dict(zip(policy.table.names, (values - values[policy.table.names.index("cooldown")]).tolist(), strict=True))
+
+
+def decided(progress: list[float], cosine: float, signal_to_noise: float, *, leaning: bool = True) -> list[str]:
     """Actions where all ten decisions that it sees show the same."""
     policy = SchedulePolicy.from_pretrained("default")
+    obs = observations(policy, progress, cosine, signal_to_noise, leaning=leaning)
+    mask = np.ones((len(progress), policy.table.num_actions), np.bool_)
+    mask[:, policy.table.names.index("lean" if leaning else "one_up")] = False
+    mask[np.array(progress) < 0.05, 1:3] = False
+    return [policy.table.names[choice] for choice in policy.act(obs, mask).actions]
+
+
+def observations(
+    policy: SchedulePolicy, progress: list[float], cosine: float, signal_to_noise: float, *, leaning: bool
+) -> NDArray[np.float32]:
+    """float32[len(progress), O]."""
     shares = np.array(progress, np.float32)
     obs = np.zeros((len(shares), policy.spec.size), np.float32)
     for index, name in enumerate(policy.spec.names):
@@ -90,8 +116,9 @@ def decided(progress: list[float], cosine: float, signal_to_noise: float) -> lis
             obs[:, index] = cosine
         elif base == "log10_signal_to_noise":
             obs[:, index] = signal_to_noise
-    found = policy.act(obs, np.ones((len(shares), policy.table.num_actions), np.bool_)).actions
-    return [policy.table.names[choice] for choice in found]
+        elif base == "leaning":
+            obs[:, index] = leaning
+    return obs
 
 
 def test_it_acts_within_the_mask() -> None:

@@ -400,12 +400,15 @@ def test_where_it_holds_it_may_still_lean_if_its_network_says_so() -> None:
         with torch.no_grad():
             network.prefer(wanted, 1.0)
             network.head.layer.bias[1:3] = 3.0  # it would rather begin its cooldown, or rise
-        policy = SchedulePolicy(table, spec, settings, network, {"name": "n"}, ["larger_models"])
+        policy = SchedulePolicy(table, spec, settings, network, {"name": "n"}, ["larger_models_but_lean"])
         holding = policy.for_model(model, int(LARGEST_LANGUAGE_MODEL) + 1)
         assert (holding.name, holding.settings.base, holding.table) == ("n", "linear", table)
         assert holding.act(seen, np.ones((1, table.num_actions), np.bool_)).actions.tolist() == [wanted]
         assert holding.digest != policy.digest
-    assert "but for leaning" in policy.card()
+    assert "harm on larger models and holds there, but for leaning" in policy.card()
+    both: list[Any] = ["larger_models_but_lean", "larger_models"]
+    plain = SchedulePolicy(table, spec, settings, network, {"name": "n"}, both)
+    assert plain.for_model(model, int(LARGEST_LANGUAGE_MODEL) + 1).network is None
 
 
 # -- what a stranger could put into a folder --------------------------------------------------------------------------

@@ -8,10 +8,13 @@ recommended `nu` is the one here). Moments, weight decay and everything that is 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from llmrl_envs.interface.tensor_sums import PIECE, local_shard
 
 QUASI_HYPERBOLIC_SHARE = 0.7
 """Share of the mean in the update, nu; the rest is the step's own gradient."""
@@ -30,48 +33,76 @@ def lean_on_gradient(optimizer: torch.optim.Optimizer, share: float) -> None:
     if share == 1.0:
         return
     skipped = getattr(optimizer, "found_inf", None)
-    with torch.no_grad():
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    change = _lean(parameter, group, optimizer.state[parameter])
-                    if skipped is not None:
-                        change = torch.where(skipped.to(change.device) > 0.0, torch.zeros_like(change), change)
-                    _local(parameter).sub_(change.mul_(group["lr"] * (1.0 - share)))
+    for group in optimizer.param_groups:
+        rate = group["lr"] * (1.0 - share)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                kept = 1.0 if skipped is None else (skipped.to(parameter.device) == 0.0).to(torch.float32)
+                _lean(parameter, parameter.grad, group, optimizer.state[parameter], rate, kept)
 
 
-def _lean(parameter: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor:
-    """What the step's own gradient would move a parameter by at rate one, less what the mean has, on this process."""
-    gradient, mean, square = (_local(t) for t in (parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
-    beta1, beta2 = group["betas"]
-    step = state["step"].to(square.device) if isinstance(state["step"], Tensor) else state["step"]
+def _lean(
+    parameter: Tensor,
+    gradient: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    rate: Tensor | float,
+    kept: Tensor | float,
+) -> None:
+    """Moves this process's part of a parameter; not at all where `kept` is zero."""
+    step, (beta1, beta2) = state["step"], group["betas"]
+    if isinstance(step, Tensor):
+        step = float(step) if step.device.type == "cpu" else step
+    weight, gradient, mean, square = (
+        local_shard(t) for t in (parameter.detach(), gradient, state["exp_avg"], state["exp_avg_sq"])
+    )
     gradient = -gradient if group.get("maximize") else gradient
-    return gradient_lead(gradient, mean, square, 1.0 - beta1**step, 1.0 - beta2**step, group["eps"])
+    lean(weight, gradient, mean, square, Corrections(1.0 - beta1**step, 1.0 - beta2**step, group["eps"]), rate, kept)
 
 
-def gradient_lead(
+class Corrections(NamedTuple):
+    """What stands between Adam's moments and its update.
+
+    Attributes:
+        mean: 1 - beta1**step; zero where every step so far was skipped.
+        square: 1 - beta2**step.
+        eps: The optimizer's.
+    """
+
+    mean: Tensor | float
+    square: Tensor | float
+    eps: Tensor | float
+
+
+def lean(
+    weight: Tensor,
     gradient: Tensor,
     mean: Tensor,
     square: Tensor,
-    correction1: Tensor | float,
-    correction2: Tensor | float,
-    eps: Tensor | float,
-) -> Tensor:
-    """`(g - m_hat) / (sqrt(v_hat) + eps)`, of the gradient's shape.
+    corrections: Corrections,
+    rate: Tensor | float,
+    kept: Tensor | float = 1.0,
+) -> None:
+    """`weight -= rate * (g - m_hat) / (sqrt(v_hat) + eps)`, in place; on a CPU piece by piece, for the cache.
 
     Args:
-        gradient: As the step took it, clipped.
+        weight: To be moved, of any shape.
+        gradient: As the step took it, clipped; of the same shape, like the moments.
         mean: First moment after the step.
         square: Second moment after the step.
-        correction1: 1 - beta1**step.
-        correction2: 1 - beta2**step.
-        eps: The optimizer's.
+        corrections: Of the moments.
+        rate: What the rest of the mean's share is multiplied with.
+        kept: 0 where the step was skipped, else 1.
     """
-    root = square.sqrt().div_(correction2**0.5).add_(eps)
-    return (gradient - mean / correction1).div_(root)
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is shared out."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
+    tensors = weight, gradient, mean, square
+    root = corrections.square**0.5
+    if weight.is_cpu and all(t.is_contiguous() for t in tensors):
+        parts: Iterable[Sequence[Tensor]] = zip(*(torch.split(t.view(-1), PIECE) for t in tensors), strict=True)
+    else:
+        parts = [tensors]
+    for part, slope, first, second in parts:
+        lead = torch.sub(slope, first / corrections.mean)
+        lead.div_(second.sqrt().add_(corrections.eps * root)).mul_(rate * root)
+        if isinstance(kept, Tensor):
+            lead = torch.where(kept > 0.0, lead, torch.zeros_like(lead))
+        part.sub_(lead)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmrl_envs.interface.momentum import gradient_lead
+from llmrl_envs.interface.momentum import Corrections, lean
 from llmrl_envs.jobs.population.columns import ColumnLayout
 from llmrl_envs.jobs.population.stack import grown
 from llmrl_envs.jobs.task import OptimizerSettings
@@ -144,9 +144,8 @@ class PopulationAdamW:
                     rate = rates[index] * (1.0 - step.momentum_shares[index])
                     for part, (_, _, place) in enumerate(parts):
                         count = float(self.steps[row, place])
-                        corrections = 1.0 - beta1**count, 1.0 - beta2**count
-                        lead = gradient_lead(slopes[part], means[part], squares[part], *corrections, eps)
-                        values[part].sub_(lead.mul_(rate))
+                        corrections = Corrections(1.0 - beta1**count, 1.0 - beta2**count, eps)
+                        lean(values[part], slopes[part], means[part], squares[part], corrections, rate)
 
     def _parts(self, *, frozen: bool, decay: bool) -> list[tuple[list[tuple[int, int, int]], bool]]:
         """Column ranges (start, stop, place of their step count) that share a decay, and whether they have it."""
