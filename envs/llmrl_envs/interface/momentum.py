@@ -3,7 +3,7 @@
 Adam moves along the mean of the last ten gradients or so, whose middle is ten steps old: where the loss bends within
 that time the mean points past the valley. QHAdam moves along `nu * m_hat + (1 - nu) * g` instead, over the same square
 root of the second moment, and bears a higher rate (Ma and Yarats 2019, https://arxiv.org/abs/1810.06801, whose
-recommended `nu` is the one here). Moments, weight decay and everything that is measured of them stay Adam's.
+recommended `nu` is the one that schedules have). Moments, weight decay and what is measured of them stay Adam's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from llmrl_envs.interface.tensor_sums import PIECE, local_shard
-
-QUASI_HYPERBOLIC_SHARE = 0.7
-"""Share of the mean in the update, nu; the rest is the step's own gradient."""
 
 
 def lean_on_gradient(optimizer: torch.optim.Optimizer, share: float) -> None:

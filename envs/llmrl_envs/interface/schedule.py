@@ -28,10 +28,11 @@ from llmrl_envs.interface.base_schedule import (
     decision_intervals,
 )
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, job_scale
-from llmrl_envs.interface.momentum import QUASI_HYPERBOLIC_SHARE
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 
 TIGHT_CLIPPING = 0.25
+QUASI_HYPERBOLIC_SHARE = 0.7
+"""Share of Adam's mean in the update of a step that leans on its own gradient: nu; see `lean_on_gradient`."""
 NUM_PROMPT_MEASUREMENTS = 4
 
 ADDED_SETTINGS = frozenset(

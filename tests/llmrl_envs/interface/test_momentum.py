@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from llmrl_envs.interface.momentum import QUASI_HYPERBOLIC_SHARE, lean_on_gradient
+from llmrl_envs.interface.momentum import lean_on_gradient
+from llmrl_envs.interface.schedule import QUASI_HYPERBOLIC_SHARE
 
 BETAS, EPS, DECAY = (0.9, 0.99), 1e-8, 0.1
 
