@@ -97,9 +97,14 @@ def lean(
         parts: Iterable[Sequence[Tensor]] = zip(*(torch.split(t.view(-1), PIECE) for t in tensors), strict=True)
     else:
         parts = [tensors]
+    numbers = not any(isinstance(value, Tensor) for value in (*corrections, rate, kept)) and corrections.mean != 0.0
     for part, slope, first, second in parts:
-        lead = torch.sub(slope, first / corrections.mean)
-        lead.div_(second.sqrt().add_(corrections.eps * root)).mul_(rate * root)
+        divisor = second.sqrt().add_(corrections.eps * root)
+        if numbers:  # four passes in place of seven
+            lead = torch.sub(slope, first, alpha=float(1.0 / corrections.mean))
+            part.addcdiv_(lead, divisor, value=-float(rate * root))
+            continue
+        lead = torch.sub(slope, first / corrections.mean).div_(divisor).mul_(rate * root)
         if isinstance(kept, Tensor):
             lead = torch.where(kept > 0.0, lead, torch.zeros_like(lead))
         part.sub_(lead)
