@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The default policy from nothing, by the seventh recipe of docs/default_policy.md, in about 36 minutes of two cores
+# The default policy from nothing, by the eighth recipe of docs/default_policy.md, in about 42 minutes of two cores
 # (the sum of its parts):
 #
 #   scripts/train_default.sh [FOLDER]     # FOLDER: runs/default

@@ -125,7 +125,7 @@ def test_the_recipe_is_paid_back_by_searches_that_are_not_made(tmp_path):
     compute = {"policy": {"seconds_per_job": 10.0}, "search_5": {"seconds_per_job": 51.0}}
     _, readme = write(tmp_path, {**RESULTS, "compute": compute})
     line = target_line(readme, "training recipe")
-    assert "36 minutes; paid back after 105 jobs of 10 s on one core" in line
+    assert "42 minutes; paid back after 123 jobs of 10 s on one core" in line
     assert line.endswith("| yes |")
 
 
