@@ -223,17 +223,22 @@ class LiveJob:
             scaled = getattr(self._accelerator, "scaler", None) is not None
             skip_unless(finite, self._optimizer, self._parameters.values(), scaled=scaled)
             self.set_rates()
-        if self._momentum_share != 1.0:
+        if self._momentum_share != 1.0 and self._leaning is None:
             self._leaning = self._optimizer.register_step_post_hook(self._lean)
 
     def _lean(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Once: an interrupted job must not go on leaning in the optimizer's next one."""
+        self._stop_leaning()
         lean_on_gradient(optimizer, self._momentum_share)
 
-    def measure_update(self) -> None:
-        """Measures what the optimizer did; `after_step` does it where the host did not ask for it earlier."""
+    def _stop_leaning(self) -> None:
         if self._leaning is not None:
             self._leaning.remove()
             self._leaning = None
+
+    def measure_update(self) -> None:
+        """Measures what the optimizer did; `after_step` does it where the host did not ask for it earlier."""
+        self._stop_leaning()
         self._recorder.after_update(self._active, probe=bool(self._active))
         self._active = []
 

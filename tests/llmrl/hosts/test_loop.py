@@ -287,6 +287,16 @@ def test_steps_lean_on_their_gradient_from_where_the_policy_says_and_the_optimiz
     assert torch.isfinite(mean).all()
 
 
+def test_a_job_that_was_interrupted_in_its_step_leaves_the_optimizers_next_steps_alone(scripted):
+    loop = Loop(scripted(["lean"], table="lean"), steps=12)
+    loop.step(0)
+    loop.controller.before_step(torch.tensor(1.0))
+    loop.controller.before_step(torch.tensor(1.0))
+    assert len(loop.optimizer._optimizer_step_post_hooks) == 1
+    loop.optimizer.step()
+    assert not loop.optimizer._optimizer_step_post_hooks
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_is_not_finite_is_not_leant_on(scripted, fused):
     loop = Loop(scripted(["lean"], table="lean"), steps=12, fused=fused)
