@@ -101,7 +101,7 @@ class TrainConfig(Settings):
     def _check_groups_of_demonstrators(self) -> TrainConfig:
         name = self.training.demonstrator
         table = action_table(self.env.actions)
-        times = (6 if table.rise is None else 10) + (3 if table.can_lean else 0)
+        times = (6 if table.rise is None else 10) + (0 if table.lean is None else 3)
         size = {"neighbours": 7, "decay_times": times}.get(name)
         if size is not None and (self.env.groups != size or self.env.population != size):
             what = "level" if name == "neighbours" else "time"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface import job_scale
-from llmrl_envs.interface.action import ActionTable, UpdateChoice, action_table
+from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
@@ -125,11 +125,10 @@ class SchedulePolicy:
         found = [name for name in self.holds_on if kinds[name.removesuffix(_BUT_LEAN)]]
         if not found:
             return self
-        leaning = self.network is not None and self.table.can_lean and all(name.endswith(_BUT_LEAN) for name in found)
-        if leaning:
+        lean = self.table.lean
+        if self.network is not None and lean is not None and all(name.endswith(_BUT_LEAN) for name in found):
             holding = SchedulePolicy(self.table, self.spec, ScheduleSettings(), self.network, self.provenance)
-            leans = [action.choice is UpdateChoice.QUASI_HYPERBOLIC for action in self.table.actions]
-            holding._allowed = np.array(leans) | (np.arange(self.table.num_actions) == self.table.hold)
+            holding._allowed = np.isin(np.arange(self.table.num_actions), (self.table.hold, lean))
         else:
             hold = hold_policy()
             holding = SchedulePolicy(hold.table, hold.spec, hold.settings, None, {"name": self.name})

@@ -59,7 +59,7 @@ PLAIN_PLANS = (Plan(1.0), Plan(0.0), Plan(0.2))
 def branches_of(table: ActionTable) -> tuple[tuple[Plan, ...], ...]:
     """Members that differ in the time of their decay alone, branch by branch: plain, or leaning; raised ones last."""
     branches = (PLANS,) if table.rise is None else (PLANS, RISING_PLANS)
-    if not table.can_lean:
+    if table.lean is None:
         return branches
     return (PLAIN_PLANS, *(tuple(plan._replace(leans=True) for plan in branch) for branch in branches))
 
@@ -104,9 +104,7 @@ class DecayTimes(GroupScript[_Member]):
         self._branches = branches_of(table)
         self._plans = plans_of(table)
         super().__init__(agent, num_envs, len(self._plans))
-        self._cooldown, self._hold, self._rise = cooldowns[0], table.hold, table.rise
-        leaning = [i for i, action in enumerate(table.actions) if action.choice is UpdateChoice.QUASI_HYPERBOLIC]
-        self._lean = leaning[0] if leaning else None
+        self._cooldown, self._hold, self._rise, self._lean = cooldowns[0], table.hold, table.rise, table.lean
         self._latest = 1.0 - WSD_DECAY_FRACTIONS.get(base, 0.0)
         self._progress = spec.names.index("progress")
 

@@ -95,9 +95,10 @@ class ActionTable:
         return found[0] if found else None
 
     @property
-    def can_lean(self) -> bool:
-        """Some action makes steps lean on their own gradient."""
-        return any(action.choice is UpdateChoice.QUASI_HYPERBOLIC for action in self.actions)
+    def lean(self) -> int | None:
+        """The index of the action that makes steps lean on their own gradient; None where there is none."""
+        found = [i for i, action in enumerate(self.actions) if action.choice is UpdateChoice.QUASI_HYPERBOLIC]
+        return found[0] if found else None
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON-ready values."""

@@ -301,7 +301,7 @@ class Schedule:
         settings, total = self.settings, self.total_steps
         kept = (self.step < settings.earliest_move * total) | (self.step > settings.latest_move * total)
         available &= ~(kept[:, None] & ((self._moves != 0) | (self._jumps >= 0))[None, :])
-        if self.table.can_lean:  # only such steps are known to bear a higher level
+        if self.table.lean is not None:  # only such steps are known to bear a higher level
             available &= self.leaning[:, None] | (self._moves <= 0)[None, :]
         for choice, allowed in (
             (UpdateChoice.ROLLBACK, self.has_snapshot & (self.rollbacks_left > 0)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from llmrl_envs.interface.action import UpdateChoice, action_table
+from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
 from llmrl_envs.interface.schedule import ScheduleSettings
 from numpy.typing import NDArray
@@ -22,10 +22,10 @@ class LeaningPolicy(SchedulePolicy):
     def __init__(self, settings: ScheduleSettings | None = None) -> None:
         table = action_table("lean")
         super().__init__(table, ObservationSpec(table), settings or ScheduleSettings(), None, {"name": "hold_lean"})
-        choices = [action.choice for action in table.actions]
-        self._lean = choices.index(UpdateChoice.QUASI_HYPERBOLIC)
 
     def act(self, observation: NDArray[np.float32], mask: NDArray[np.bool_]) -> PolicyDecision:
         """Leaning where mask bool[E, A] allows it, holding elsewhere."""
-        actions = np.where(mask[:, self._lean], self._lean, self.table.hold).astype(np.int64)
+        lean = self.table.lean
+        assert lean is not None
+        actions = np.where(mask[:, lean], lean, self.table.hold).astype(np.int64)
         return PolicyDecision(actions, np.full(mask.shape, np.nan, np.float32))
