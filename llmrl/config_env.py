@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.task import TaskDistribution
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass

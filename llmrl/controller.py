@@ -27,7 +27,7 @@ from typing import Any
 
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from torch import Tensor, nn
 
 from llmrl.decisions import DecisionRecord, decision_row

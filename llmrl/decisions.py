@@ -22,7 +22,8 @@ import numpy as np
 from llmrl_envs.interface.action import UpdateChoice
 from llmrl_envs.interface.guards import SPIKE_MULTIPLE
 from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import TrainingStatistics
 from llmrl_envs.interface.steering import Steering, SteeringUpdate, Verdict
 from numpy.typing import NDArray

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from llmrl_envs.cores import population_workers
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.batches import batch_indices
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.population.members import IntervalPlan

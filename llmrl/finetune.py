@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import Job, JobLibrary, resolve_device
 from llmrl_envs.jobs.models import save_model
 from llmrl_envs.jobs.parallel import ParallelContext

@@ -21,7 +21,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface import job_scale
 from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from numpy.typing import NDArray
 from torch import nn
 

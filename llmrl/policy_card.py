@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrl_envs.interface.action import ActionTable
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 
 if TYPE_CHECKING:
     from llmrl.dqn.ensemble import EnsembleNetwork

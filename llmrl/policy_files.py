@@ -21,7 +21,7 @@ from typing import Any, Literal
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable
 from llmrl_envs.interface.observation import OBSERVATION_VERSION, ObservationSpec
-from llmrl_envs.interface.schedule import ADDED_SETTINGS, ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ADDED_SETTINGS, ScheduleSettings
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmrl.policy_reference import CONFIG_FILE, WEIGHTS_FILE, HoldsOn, shortened

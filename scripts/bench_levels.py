@@ -29,7 +29,8 @@ import numpy as np
 from benchmarking import describe_machine, describe_versions, write_report
 from llmrl_envs.interface.action import DEFAULT_RELATIVE_UPDATE, action_table
 from llmrl_envs.interface.base_schedule import BASE_NAMES, BaseName, decision_intervals
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import Job, JobLibrary
 from llmrl_envs.jobs.reference import given_rate_schedule
 from llmrl_envs.jobs.session import FineTuningSession

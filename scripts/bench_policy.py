@@ -27,7 +27,7 @@ import torch
 from benchmarking import describe_machine, describe_versions, write_report
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 
 from llmrl.dqn.config import NetworkConfig
 from llmrl.dqn.networks import QNetwork

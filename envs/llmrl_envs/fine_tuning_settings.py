@@ -15,7 +15,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.reference import reference_key
 from llmrl_envs.jobs.task import FineTuningTask, SampledTask, TaskDistribution
 

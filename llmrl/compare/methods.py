@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from llmrl_envs.interface.action import LevelUnit
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 
 from llmrl.compare.baselines import population, search
 from llmrl.compare.baselines.catalogue import make_baseline

@@ -10,7 +10,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
 from llmrl_envs.interface.base_schedule import BASE_NAMES, BaseName
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.parallel import ParallelContext, SingleProcess
 from llmrl_envs.jobs.session import FineTuningSession

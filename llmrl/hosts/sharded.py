@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.optimizer import build_optimizer
 from llmrl_envs.jobs.passes import JobPasses, nan_unless_finite

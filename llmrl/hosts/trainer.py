@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 

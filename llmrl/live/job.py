@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from llmrl_envs.errors import UserError
-from llmrl_envs.interface.momentum import lean_on_gradient
+from llmrl_envs.interface.momentum import LeaningStep
 from llmrl_envs.interface.recorder import StatisticsRecorder
 from llmrl_envs.interface.statistics import empty_statistics
 from llmrl_envs.interface.tensor_sums import full_tensor
 from llmrl_envs.jobs.layers import lower_half
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 
 from llmrl.decisions import Decision, DecisionLoop, DecisionRecord, interval_record
 from llmrl.live.capabilities import Distribution, HostCapabilities, find_capabilities, find_distribution
@@ -109,7 +108,7 @@ class LiveJob:
         self._limit: float
         self._frozen: bool
         self._momentum_share: float
-        self._leaning: RemovableHandle | None = None
+        self._leaning = LeaningStep(self._optimizer)
         self._decision: Decision
         self._begin(found, model_label_nats(model))
         if self._processes.rank == 0:
@@ -223,22 +222,11 @@ class LiveJob:
             scaled = getattr(self._accelerator, "scaler", None) is not None
             skip_unless(finite, self._optimizer, self._parameters.values(), scaled=scaled)
             self.set_rates()
-        if self._momentum_share != 1.0 and self._leaning is None:
-            self._leaning = self._optimizer.register_step_post_hook(self._lean)
-
-    def _lean(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Once: an interrupted job must not go on leaning in the optimizer's next one."""
-        self._stop_leaning()
-        lean_on_gradient(optimizer, self._momentum_share)
-
-    def _stop_leaning(self) -> None:
-        if self._leaning is not None:
-            self._leaning.remove()
-            self._leaning = None
+        self._leaning.begin(self._momentum_share)
 
     def measure_update(self) -> None:
         """Measures what the optimizer did; `after_step` does it where the host did not ask for it earlier."""
-        self._stop_leaning()
+        self._leaning.end()
         self._recorder.after_update(self._active, probe=bool(self._active))
         self._active = []
 

@@ -14,7 +14,7 @@ import numpy as np
 from llmrl_envs.interface.action import ActionTable, UpdateChoice
 from llmrl_envs.interface.base_schedule import BaseName, base_factor
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from numpy.typing import NDArray
 
 from llmrl.dqn.interface import Agent

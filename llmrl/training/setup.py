@@ -16,7 +16,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.fine_tuning import FineTuningEnv
 from llmrl_envs.interface.action import ActionTable
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.vector_fine_tuning import FineTuningVectorEnv
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from pydantic import ValidationError
 
 from llmrl.config import CompareConfig, FinetuneConfig, TrainConfig

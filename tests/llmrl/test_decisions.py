@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from llmrl_envs.fine_tuning import FineTuningEnv
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import JobLibrary
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask, SampledTask

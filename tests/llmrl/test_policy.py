@@ -17,7 +17,7 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ActionTable, action_table
 from llmrl_envs.interface.job_scale import LARGEST_LANGUAGE_MODEL
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn

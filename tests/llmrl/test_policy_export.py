@@ -11,7 +11,7 @@ import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 
 from llmrl.cli import main
 from llmrl.dqn.config import NetworkConfig

@@ -13,8 +13,37 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from llmrl_envs.interface.tensor_sums import PIECE, local_shard
+
+
+class LeaningStep:
+    """Makes the next step of an optimizer lean on its own gradient, once, so that an interrupted job leaves nothing.
+
+    Args:
+        optimizer: As in `lean_on_gradient`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._handle: RemovableHandle | None = None
+
+    def begin(self, share: float) -> None:
+        """The step that comes leans, with this share of the mean; at 1 it is Adam's."""
+        self.end()
+        if share != 1.0:
+            self._handle = self._optimizer.register_step_post_hook(lambda *_: self._lean(share))
+
+    def end(self) -> None:
+        """No step leans any more, whether one was taken or not."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _lean(self, share: float) -> None:
+        self.end()
+        lean_on_gradient(self._optimizer, share)
 
 
 def lean_on_gradient(optimizer: torch.optim.Optimizer, share: float) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from llmrl_envs.interface.momentum import lean_on_gradient
+from llmrl_envs.interface.momentum import LeaningStep
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,14 +59,12 @@ class Precision:
             gradient_norm: Of all gradients together, a scalar.
             momentum_share: See `lean_on_gradient`.
         """
-        if momentum_share == 1.0:
-            self._take_step(optimizer, gradient_norm)
-            return
-        leaning = optimizer.register_step_post_hook(lambda stepped, *_: lean_on_gradient(stepped, momentum_share))
+        leaning = LeaningStep(optimizer)
+        leaning.begin(momentum_share)
         try:
             self._take_step(optimizer, gradient_norm)
         finally:
-            leaning.remove()
+            leaning.end()
 
     def _take_step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
         finite = torch.isfinite(gradient_norm)

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from llmrl_envs.interface.action import action_table
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.session import FineTuningSession
 from llmrl_envs.jobs.task import FineTuningTask

@@ -14,7 +14,8 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
 from llmrl_envs.interface.observation import GROUPS, FeatureGroup, ObservationSpec
 from llmrl_envs.interface.reward import RewardSpec
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers, TrainingStatistics
 from llmrl_envs.interface.steering import Steering
 from llmrl_envs.quadratic.jobs import QuadraticJobs

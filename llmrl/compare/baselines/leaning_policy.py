@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from llmrl_envs.interface.action import action_table
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from numpy.typing import NDArray
 
 from llmrl.policy import SchedulePolicy

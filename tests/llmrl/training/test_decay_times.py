@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,16 +17,11 @@ from llmrl.run_directory import read_jsonl
 from llmrl.training.decay_times import PLAIN_PLANS, PLANS, RISING_PLANS, DecayTimes, plans_of
 from llmrl.training.loop import train
 
-TABLE = action_table("decay")
-SPEC = ObservationSpec(TABLE)
-PROGRESS = SPEC.names.index("progress")
-HOLD, COOLDOWN = TABLE.names.index("hold"), TABLE.names.index("cooldown")
+HOLD, COOLDOWN, RISE, LEAN = range(4)
+"""What the tables' first actions do, as `test_the_tables_share_their_first_actions` says."""
 GROUP_SIZE = len(PLANS)
-
-RISING_TABLE = action_table("rise")
-RISING_SPEC = ObservationSpec(RISING_TABLE)
-RISE = RISING_TABLE.names.index("one_up")
 RISING_SIZE = len(PLANS) + len(RISING_PLANS)
+LEANING_SIZE = len(PLAIN_PLANS) + RISING_SIZE
 WINDOW = (0.1, 0.2)
 """Shares of the budget between which the level may rise."""
 
@@ -36,16 +31,18 @@ FIRST = 2
 
 
 class Listener:
-    """An agent that keeps what it is told."""
+    """An agent that keeps what it is told of decisions by a table."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: str = "decay") -> None:
+        self.table = action_table(table)
+        self.spec = ObservationSpec(self.table)
         self.rows: list[tuple[int, float, int, float]] = []
         self.ended = 0
 
     def observe(self, obs: Any, action: Any, reward: Any, terminated: Any, *_: Any, valid: NDArray[np.bool_]) -> None:
         (lane,) = np.flatnonzero(valid)
         assert terminated[lane]
-        progress = round(float(obs[lane, PROGRESS]), 6)
+        progress = round(float(obs[lane, self.spec.names.index("progress")]), 6)
         self.rows.append((int(lane), progress, int(action[lane]), float(reward[lane])))
 
     def end_episodes(self) -> None:
@@ -53,29 +50,53 @@ class Listener:
 
 
 def make(agent: Listener, num_envs: int = GROUP_SIZE, base: Any = "wsd_40") -> DecayTimes:
-    return DecayTimes(agent, TABLE, SPEC, num_envs, base)  # type: ignore[arg-type]
+    return DecayTimes(agent, agent.table, agent.spec, num_envs, base)  # type: ignore[arg-type]
 
 
-def play(script: DecayTimes, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Progress at which each lane began its cooldown, NaN where it never did, [E]; gains are paid at the end."""
-    num_envs = len(gains)
-    began, none = np.full(num_envs, np.nan), np.zeros(num_envs, np.bool_)
+class Played(NamedTuple):
+    """Progress at which each lane began its cooldown, rose, and leant, float64[E] each; NaN where it never did."""
+
+    began: NDArray[np.float64]
+    rose: NDArray[np.float64]
+    leant: NDArray[np.float64]
+
+
+def play(agent: Listener, gains: NDArray[np.float64], group_size: int, base: Any = "wsd_40") -> Played:
+    """Plays groups whose jobs gain `gains`, float64[E], paid at their ends."""
+    num_envs, table = len(gains), agent.table
+    script = make(agent, num_envs, base)
+    played = Played(*np.full((3, num_envs), np.nan))
+    none = np.zeros(num_envs, np.bool_)
     for decision, progress in enumerate(DECISIONS):
-        obs = np.zeros((num_envs, SPEC.size), np.float32)
-        obs[:, PROGRESS] = progress
-        mask = np.zeros((num_envs, 2), np.bool_)
-        mask[:, HOLD] = True
-        mask[:, COOLDOWN] = (decision >= FIRST) & np.isnan(began)
-        mask[::GROUP_SIZE, COOLDOWN] = False  # as the environment has it
+        obs = np.zeros((num_envs, agent.spec.size), np.float32)
+        obs[:, agent.spec.names.index("progress")] = progress
+        mask = np.zeros((num_envs, table.num_actions), np.bool_)
+        is_free = np.isnan(played.began)
+        bears = ~np.isnan(played.leant) if table.lean is not None else np.full(num_envs, decision >= FIRST)
+        in_window = WINDOW[0] <= round(progress, 9) <= WINDOW[1]
+        mask[:, HOLD], mask[:, COOLDOWN] = True, is_free & (decision >= FIRST)
+        if table.rise is not None:
+            mask[:, RISE] = is_free & bears & np.isnan(played.rose) & in_window
+        if table.lean is not None:
+            mask[:, LEAN] = is_free & np.isnan(played.leant)
+        mask[::group_size, COOLDOWN:] = False  # as the environment has it
         actions = script.act(obs, mask, explore=True)
-        began = np.where(actions == COOLDOWN, progress, began)
+        assert mask[np.arange(num_envs), actions].all()
+        for done, action in zip(played, (COOLDOWN, RISE, LEAN), strict=True):
+            done[actions == action] = progress
         last = np.full(num_envs, decision == len(DECISIONS) - 1)
         script.observe(obs, actions, np.where(last, gains, 0.0), last, none, obs, mask, mask)
-    return began
+    script.end_episodes()
+    return played
+
+
+def test_the_tables_share_their_first_actions() -> None:
+    names = ("hold", "cooldown", "one_up", "lean")
+    assert [action_table(name).names for name in ("decay", "rise", "lean")] == [names[:2], names[:3], names]
 
 
 def test_each_member_begins_at_its_time_and_the_first_never() -> None:
-    began = play(make(Listener()), np.zeros(GROUP_SIZE))
+    began = play(Listener(), np.zeros(GROUP_SIZE), GROUP_SIZE).began
     assert np.isnan(began[0])
     expected = [0.1, 0.15, 0.2, 0.3, 0.45]
     assert began[1:] == pytest.approx(np.array(expected))
@@ -83,7 +104,7 @@ def test_each_member_begins_at_its_time_and_the_first_never() -> None:
 
 def test_waiting_is_worth_the_best_time_to_come_less_now() -> None:
     agent, gains = Listener(), np.array([0.9, 1.0, 1.2, 1.6, 2.0, 1.4])
-    began = play(make(agent), gains)
+    began = play(agent, gains, GROUP_SIZE).began
     times, returns = [*began[1:], 0.6], [*gains[1:], gains[0]]
 
     def gain(progress: float) -> float:
@@ -100,7 +121,7 @@ def test_waiting_is_worth_the_best_time_to_come_less_now() -> None:
 
 def test_where_there_is_nothing_to_wait_for_waiting_costs_one_interval() -> None:
     agent = Listener()
-    play(make(agent), np.array([0.0, 1.0, 0.8, 0.6, 0.4, 0.2]))
+    play(agent, np.array([0.0, 1.0, 0.8, 0.6, 0.4, 0.2]), GROUP_SIZE)
     waiting = [reward for _, _, action, reward in agent.rows if action == HOLD]
     assert max(waiting) < 0.0
     assert min(waiting) > -0.21
@@ -108,33 +129,12 @@ def test_where_there_is_nothing_to_wait_for_waiting_costs_one_interval() -> None
 
 def test_a_constant_base_lets_the_first_member_wait_to_the_end() -> None:
     agent = Listener()
-    play(make(agent, base="constant"), np.zeros(GROUP_SIZE))
+    play(agent, np.zeros(GROUP_SIZE), GROUP_SIZE, base="constant")
     assert max(row[1] for row in agent.rows) == pytest.approx(DECISIONS[-1])
 
 
-def play_rising(script: DecayTimes, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As `play`, where levels can rise: progress at which each lane rose and began its cooldown, [2, E]."""
-    num_envs = len(gains)
-    done, none = np.full((2, num_envs), np.nan), np.zeros(num_envs, np.bool_)
-    for decision, progress in enumerate(DECISIONS):
-        obs = np.zeros((num_envs, RISING_SPEC.size), np.float32)
-        obs[:, RISING_SPEC.names.index("progress")] = progress
-        mask = np.zeros((num_envs, RISING_TABLE.num_actions), np.bool_)
-        is_free = (decision >= FIRST) & np.isnan(done[1])
-        mask[:, HOLD], mask[:, COOLDOWN] = True, is_free
-        mask[:, RISE] = is_free & np.isnan(done[0]) & (WINDOW[0] <= round(progress, 9) <= WINDOW[1])
-        mask[::RISING_SIZE, COOLDOWN:] = False
-        actions = script.act(obs, mask, explore=True)
-        assert mask[np.arange(num_envs), actions].all()
-        done[0, actions == RISE] = done[1, actions == COOLDOWN] = progress
-        last = np.full(num_envs, decision == len(DECISIONS) - 1)
-        script.observe(obs, actions, np.where(last, gains, 0.0), last, none, obs, mask, mask)
-    return done
-
-
 def test_where_levels_can_rise_four_members_do_at_once_and_decay_at_their_times() -> None:
-    agent: Any = Listener()
-    rose, began = play_rising(DecayTimes(agent, RISING_TABLE, RISING_SPEC, RISING_SIZE, "wsd_40"), np.ones(RISING_SIZE))
+    began, rose, _ = play(Listener("rise"), np.ones(RISING_SIZE), RISING_SIZE)
     assert np.isnan(rose[: len(PLANS)]).all()
     assert rose[len(PLANS) :] == pytest.approx(np.full(4, 0.1))
     assert np.isnan(began[[0, len(PLANS)]]).all()
@@ -142,9 +142,9 @@ def test_where_levels_can_rise_four_members_do_at_once_and_decay_at_their_times(
 
 
 def test_rising_is_worth_the_best_time_to_come_up_there_less_beginning_now_down_here() -> None:
-    told: Any = Listener()
+    told = Listener("rise")
     gains = np.array([0.9, 1.0, 1.2, 1.6, 2.0, 1.4, 1.0, 1.5, 2.2, 2.5])
-    _, began = play_rising(DecayTimes(told, RISING_TABLE, RISING_SPEC, RISING_SIZE, "wsd_40"), gains)
+    began = play(told, gains, RISING_SIZE).began
     times, returns = [*began[1:6], 0.6], [*gains[1:6], gains[0]]
     above = [*began[7:], 0.6], [*gains[7:], gains[6]]
     rows = {(lane, p, action): reward for lane, p, action, reward in told.rows}
@@ -161,38 +161,8 @@ def test_rising_is_worth_the_best_time_to_come_up_there_less_beginning_now_down_
     assert waits[last] == pytest.approx((1.0 - np.interp(last, *above)) / 2.5)
 
 
-LEANING_TABLE = action_table("lean")
-LEANING_SPEC = ObservationSpec(LEANING_TABLE)
-LEAN = LEANING_TABLE.names.index("lean")
-LEANING_SIZE = len(PLAIN_PLANS) + RISING_SIZE
-
-
-def play_leaning(script: DecayTimes, gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As `play_rising`, where steps can lean: progress of rising, of the cooldown and of leaning, [3, E]."""
-    num_envs = len(gains)
-    done, none = np.full((3, num_envs), np.nan), np.zeros(num_envs, np.bool_)
-    for decision, progress in enumerate(DECISIONS):
-        obs = np.zeros((num_envs, LEANING_SPEC.size), np.float32)
-        obs[:, LEANING_SPEC.names.index("progress")] = progress
-        mask = np.zeros((num_envs, LEANING_TABLE.num_actions), np.bool_)
-        is_free, leans = np.isnan(done[1]), ~np.isnan(done[2])
-        mask[:, HOLD], mask[:, COOLDOWN], mask[:, LEAN] = True, is_free & (decision >= FIRST), is_free & ~leans
-        in_window = WINDOW[0] <= round(progress, 9) <= WINDOW[1]
-        mask[:, RISE] = is_free & leans & np.isnan(done[0]) & in_window
-        mask[::LEANING_SIZE, 1:] = False
-        actions = script.act(obs, mask, explore=True)
-        assert mask[np.arange(num_envs), actions].all()
-        for row, action in enumerate((RISE, COOLDOWN, LEAN)):
-            done[row, actions == action] = progress
-        last = np.full(num_envs, decision == len(DECISIONS) - 1)
-        script.observe(obs, actions, np.where(last, gains, 0.0), last, none, obs, mask, mask)
-    return done
-
-
 def test_where_steps_can_lean_three_members_do_not_and_the_others_do_from_the_start() -> None:
-    told: Any = Listener()
-    script = DecayTimes(told, LEANING_TABLE, LEANING_SPEC, LEANING_SIZE, "wsd_40")
-    rose, began, leant = play_leaning(script, np.ones(LEANING_SIZE))
+    began, rose, leant = play(Listener("lean"), np.ones(LEANING_SIZE), LEANING_SIZE)
     plain, rising = len(PLAIN_PLANS), len(PLAIN_PLANS) + len(PLANS)
     assert np.isnan(leant[:plain]).all()
     assert leant[plain:] == pytest.approx(np.zeros(RISING_SIZE))
@@ -204,9 +174,9 @@ def test_where_steps_can_lean_three_members_do_not_and_the_others_do_from_the_st
 
 
 def test_leaning_is_worth_the_best_time_to_come_less_beginning_now_without() -> None:
-    told: Any = Listener()
+    told = Listener("lean")
     gains = np.array([0.8, 1.0, 1.2, 0.9, 1.0, 1.2, 1.6, 2.0, 1.4, 1.0, 1.5, 2.2, 2.5])
-    play_leaning(DecayTimes(told, LEANING_TABLE, LEANING_SPEC, LEANING_SIZE, "wsd_40"), gains)
+    play(told, gains, LEANING_SIZE)
     rows = {(lane, p, action): reward for lane, p, action, reward in told.rows}
     leans = {p: reward for (lane, p, action), reward in rows.items() if action == LEAN}
     assert {lane for lane, _, action in rows if action == LEAN} == {0}
@@ -224,17 +194,16 @@ def test_leaning_is_worth_the_best_time_to_come_less_beginning_now_without() -> 
 
 def test_several_groups_are_told_of_in_their_own_lanes() -> None:
     agent = Listener()
-    script = make(agent, 2 * GROUP_SIZE)
-    play(script, np.arange(2.0 * GROUP_SIZE))
+    play(agent, np.arange(2.0 * GROUP_SIZE), GROUP_SIZE)
     assert {row[0] for row in agent.rows} == {0, GROUP_SIZE}
-    script.end_episodes()
     assert agent.ended == 1
 
 
 def test_what_cannot_be_played_is_refused() -> None:
-    agent: Any = Listener()
+    agent = Listener("moves_only")
     with pytest.raises(ValueError, match="a cooldown among the actions"):
-        DecayTimes(agent, action_table("moves_only"), SPEC, GROUP_SIZE, "wsd_40")
+        make(agent)
+    agent = Listener()
     with pytest.raises(ValueError, match="constant, wsd or wsd_40"):
         make(agent, base="linear")
     with pytest.raises(ValueError, match="multiple of 6"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from llmrl_envs.interface.action import UpdateChoice, action_table
 from llmrl_envs.interface.observation import ObservationSpec
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 
 from llmrl.training.demonstrations import Demonstrator
 

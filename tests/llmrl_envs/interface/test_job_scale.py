@@ -12,7 +12,8 @@ from llmrl_envs.interface.job_scale import (
     job_scale,
     label_nats,
 )
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import TuningMode
 
 

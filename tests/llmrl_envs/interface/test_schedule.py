@@ -8,7 +8,8 @@ from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ACTION_TABLES, DEFAULT_RELATIVE_UPDATE, UpdateChoice, action_table
 from llmrl_envs.interface.base_schedule import base_factor, decision_intervals
 from llmrl_envs.interface.job_scale import LORA_LEVEL_SCALE
-from llmrl_envs.interface.schedule import QUASI_HYPERBOLIC_SHARE, TIGHT_CLIPPING, Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import QUASI_HYPERBOLIC_SHARE, TIGHT_CLIPPING, Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import TuningMode
 
 

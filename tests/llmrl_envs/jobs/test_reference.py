@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from llmrl_envs.interface.base_schedule import decision_intervals
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs import reference
 from llmrl_envs.jobs.reference import ReferenceCurves, given_rate_schedule
 from llmrl_envs.jobs.session import FineTuningSession

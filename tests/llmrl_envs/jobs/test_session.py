@@ -8,7 +8,8 @@ import pytest
 import torch
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import UpdateChoice, action_table
-from llmrl_envs.interface.schedule import Schedule, ScheduleSettings
+from llmrl_envs.interface.schedule import Schedule
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import TuningMode
 from llmrl_envs.jobs.data import batch_indices
 from llmrl_envs.jobs.losses import batch_loss

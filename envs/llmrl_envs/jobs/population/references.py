@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmrl_envs.interface.schedule import ScheduleSettings
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.jobs.loading import Job
 from llmrl_envs.jobs.population.members import IntervalPlan, Member
 from llmrl_envs.jobs.population.pool import PopulationPool
