@@ -50,7 +50,7 @@ class ScheduleController:
         policy: Decides.
         settings: Base schedule, warm-up and start of the level; None takes those that the policy was trained with.
         guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much, or when
-            the validation loss that `validated` is told has turned.
+            the validation loss that `validated` is told has turned; and take no step whose loss stands out.
         snapshots: Where the best state is kept: "memory" (three times the trained weights, on their device), "disk" (a
             safetensors file), "off", or "auto": in memory if the policy may roll back, or if little of the model is
             trained, as with adapters.
@@ -166,7 +166,7 @@ class ScheduleController:
     def before_step(self, loss: Tensor | float) -> None:
         """Call when the gradients of an optimizer step are ready: clips and measures them.
 
-        A step whose loss or gradient is not finite will do nothing.
+        A step whose loss or gradient is not finite, or whose loss stands out (docs/hosts.md, Guards), will do nothing.
 
         Args:
             loss: The step's mean loss on this process, nats per target; of accumulated batches the last one's, or

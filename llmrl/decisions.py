@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -169,7 +169,8 @@ class DecisionLoop:
         settings: Schedule settings; None takes those that the policy was trained with.
         capabilities: Update choices that the host can carry out.
         agree: Makes the processes of a job agree on the first one's action; None for a single process.
-        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns.
+        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns, and take no step
+            whose loss stands out.
         intervals: Optimizer steps between decisions; None takes those that `settings` give for the steps left.
         first_step: Optimizer steps that the job has done already, without being steered.
     """
@@ -197,7 +198,7 @@ class DecisionLoop:
             policy.table,
             np.array([total_steps]),
             np.array([given_rate]),
-            settings,
+            settings if guarded else replace(settings, skip_outliers=False),
             capabilities,
         )
         self.schedule.advance(np.array([first_step]))

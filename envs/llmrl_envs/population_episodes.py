@@ -250,6 +250,7 @@ class PopulationEpisodes:
                 lane.drawn.sampled.task.optimizer.max_grad_norm * float(tightening[index]),
                 bool(schedule.frozen[index]),
                 momentum_share=float(shares[index]),
+                skip_outliers=schedule.skips_outliers(),
             )
             for index, lane in enumerate(lanes)
         ]

@@ -41,7 +41,7 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
         policy: A reference (see `SchedulePolicy.from_pretrained`) or a policy. "hold" keeps the default level.
         settings: Base schedule, warm-up and start of the level; None takes those that the policy was trained with.
         guarded: Fall back to linear decay, from the best snapshot if there is one, when the job loses too much, or when
-            the `eval_loss` of the Trainer's evaluations has turned.
+            the `eval_loss` of the Trainer's evaluations has turned; and take no step whose loss stands out.
         snapshots: "auto", "memory", "disk" (below the Trainer's output directory) or "off"; see `ScheduleController`.
         on_decision: Called with each decision and the interval that followed it, on every process.
 

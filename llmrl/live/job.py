@@ -201,7 +201,7 @@ class LiveJob:
         return full_tensor(norm)
 
     def before_step(self, loss: Tensor | float, gradient_norm: Tensor | float | None) -> None:
-        """Measures a step whose gradients are ready, and makes it do nothing where it is not finite.
+        """Measures a step whose gradients are ready, and makes it do nothing where it is not finite or stands out.
 
         Args:
             loss: The step's mean loss on this process.
@@ -217,10 +217,16 @@ class LiveJob:
         if self._done == self.loop.interval - 1:
             self._active = [p for p in self._parameters.values() if late or p.grad is not None]
             self._recorder.before_update(self._active, probe=True, learning_rate=rate)
-        finite = self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=self.clipping_norm)
+        allowed = self._recorder.record_step(
+            loss,
+            norm,
+            learning_rate=rate,
+            max_gradient_norm=self.clipping_norm,
+            skip_outliers=not late and self.loop.schedule.skips_outliers(),
+        )
         if not late:
             scaled = getattr(self._accelerator, "scaler", None) is not None
-            skip_unless(finite, self._optimizer, self._parameters.values(), scaled=scaled)
+            skip_unless(allowed, self._optimizer, self._parameters.values(), scaled=scaled)
             self.set_rates()
         self._leaning.begin(self._momentum_share)
 

@@ -152,23 +152,23 @@ class RateSetter:
 
 
 def skip_unless(
-    finite: Tensor | bool, optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *, scaled: bool
+    allowed: Tensor | bool, optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *, scaled: bool
 ) -> None:
-    """Makes the next step of the optimizer do nothing where `finite` is false.
+    """Makes the next step of the optimizer do nothing where `allowed` is false.
 
     With a fused optimizer the device decides and nothing waits for it; otherwise the gradients are dropped.
 
     Args:
-        finite: Whether the step may be taken; a tensor is not waited for where the optimizer is fused.
+        allowed: Whether the step may be taken; a tensor is not waited for where the optimizer is fused.
         optimizer: The innermost one.
         parameters: Those that the step would change.
         scaled: A loss scaler takes the step, and sets its own flags.
     """
-    if finite is True:
+    if allowed is True:
         take_steps_again(optimizer)
     elif not scaled and all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = (~torch.as_tensor(finite)).to(torch.float32)  # type: ignore[attr-defined]
-    elif not bool(finite):
+        optimizer.found_inf = (~torch.as_tensor(allowed)).to(torch.float32)  # type: ignore[attr-defined]
+    elif not bool(allowed):
         for parameter in parameters:
             parameter.grad = None
 

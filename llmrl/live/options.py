@@ -19,7 +19,8 @@ class JobOptions:
         max_grad_norm: Norm that gradients are clipped to; infinity does not clip.
         base_rates: The parameter groups' own rates; None reads them from the optimizer.
         settings: Schedule settings; None takes the policy's.
-        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns.
+        guarded: Fall back to linear decay when the job loses too much, or its validation loss turns, and take no step
+            whose loss stands out.
         snapshots: Whether and where the best state is kept.
         snapshot_path: File of a snapshot on disk, without the rank and the suffix.
     """

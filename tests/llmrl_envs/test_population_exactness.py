@@ -262,23 +262,39 @@ def test_in_double_precision_nothing_is_left_of_the_differences(tasks, arguments
             )
 
 
-@EVERY_KIND
-def test_lanes_that_lean_on_their_gradients_equal_single_environments(tasks, arguments):
-    library = JobLibrary("cpu")
-    distribution, arguments = {"tasks": tasks, "num_seeds": 2}, {**arguments, "actions": "lean", "device": "cpu"}
+def seen_where_lanes_equal(tasks, arguments):
+    """Random actions in three lanes and their single environments; how often lanes leant, and steps were skipped."""
+    library, seen = JobLibrary("cpu"), collections.Counter()
+    distribution, arguments = {"tasks": tasks, "num_seeds": 2}, {**arguments, "device": "cpu"}
     vector = FineTuningVectorEnv(3, distribution, library=library, **arguments)
     _, infos = vector.reset(seed=7)
     singles = Watched(3, distribution, 7, library, **arguments)
-    rng, leaning = np.random.default_rng(5), 0
+    rng = np.random.default_rng(5)
     for _ in range(24):
         actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in infos["action_mask"]])
         obs, rewards, _, _, infos = vector.step(actions)
-        leaning += int(vector._episodes._steering.schedule.leaning.sum())
+        seen.update(leaning=int(vector._episodes._steering.schedule.leaning.sum()))
         for lane, single in enumerate(singles.step(actions)):
+            mine = lane_info(infos["final_info"] if single.terminated else infos, lane)
+            assert mine["events"] == single.info["events"]
+            seen.update(skipped=int(mine["events"]["skipped_steps"]))
             observation = infos["final_obs"][lane] if single.terminated else obs[lane]
             np.testing.assert_allclose(observation, single.observation, rtol=TOLERANCE, atol=TOLERANCE)
             assert rewards[lane] == pytest.approx(single.reward, rel=TOLERANCE, abs=10 * TOLERANCE)
             if not single.terminated:
-                mine, wanted = (joined(p) for p in (vector.parameters(lane), single.parameters))
-                assert relative(mine, wanted) <= TOLERANCE
-    assert leaning >= 20
+                own, wanted = (joined(p) for p in (vector.parameters(lane), single.parameters))
+                assert relative(own, wanted) <= TOLERANCE
+    return seen
+
+
+@EVERY_KIND
+def test_lanes_that_lean_on_their_gradients_equal_single_environments(tasks, arguments):
+    assert seen_where_lanes_equal(tasks, {**arguments, "actions": "lean"})["leaning"] >= 20
+
+
+@EVERY_KIND
+def test_lanes_skip_the_batches_that_stand_out_as_single_environments_do(tasks, arguments):
+    spoiled = [{**task, "bad_batches": (7, 8, 12)} for task in tasks]
+    assert seen_where_lanes_equal(spoiled, {**arguments, "actions": "lean"})["skipped"] >= 12
+    taken = {**arguments, "actions": "lean", "schedule": {"skip_outliers": False}}
+    assert seen_where_lanes_equal(spoiled, taken)["skipped"] == 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llmrl_envs.interface.outliers import OutlierSteps
 from llmrl_envs.interface.statistics import TrainingStatistics, TuningMode
 from llmrl_envs.interface.tensor_sums import dot_products, full_tensor, local_shard, square_sum
 from llmrl_envs.interface.updates import (
@@ -87,6 +88,7 @@ class StatisticsRecorder:
         self._sum_shards = sum_shards
         self._flat_vectors = tuple(flat_vectors)
         self._differences: DifferenceUpdates | None = None
+        self.outliers = OutlierSteps(1, device)
         self._steps = torch.zeros(capacity_steps, 3, device=device)
         self._probes = torch.full((_NUM_PROBES,), float("nan"), device=device)
         self._learning_rates: list[float] = []
@@ -120,32 +122,41 @@ class StatisticsRecorder:
         *,
         learning_rate: float,
         max_gradient_norm: float,
+        skip_outliers: bool = False,
     ) -> Tensor | bool:
-        """Notes one step, and returns whether its loss and gradient are finite; on a device a scalar there.
+        """Notes one step, and returns whether it may be taken: all of it is finite; on a device a scalar there.
 
         Args:
             loss: Mean loss of the step, a scalar on the device.
             gradient_norm: Global norm before clipping, a scalar on the device; None where the host does not tell.
             learning_rate: The step's common rate.
             max_gradient_norm: Norm that gradients are clipped to.
+            skip_outliers: A loss must not stand out, either; see `OutlierSteps`.
         """
         position = len(self._learning_rates)
         if position >= self._steps.shape[0]:
             raise ValueError(f"interval: expected at most {self._steps.shape[0]} steps, got one more")
         self._learning_rates.append(learning_rate)
         self._limits.append(max_gradient_norm)
+        outlying = self.outliers.judge(loss.reshape(1)).squeeze() if skip_outliers else None
         if self._steps.is_cpu:
-            return self._note_on_cpu(position, float(loss), None if gradient_norm is None else float(gradient_norm))
-        return self._note_on_device(position, loss, gradient_norm)
+            norm = None if gradient_norm is None else float(gradient_norm)
+            return self._note_on_cpu(position, float(loss), norm, outlying)
+        return self._note_on_device(position, loss, gradient_norm, outlying)
 
-    def _note_on_cpu(self, position: int, loss: float, gradient_norm: float | None) -> bool:
+    def _note_on_cpu(
+        self, position: int, loss: float, gradient_norm: float | None, outlying: Tensor | None = None
+    ) -> bool:
         """In numbers, where nothing has to be waited for."""
         finite = math.isfinite(loss) and (gradient_norm is None or math.isfinite(gradient_norm))
+        allowed = finite and not (outlying is not None and bool(outlying))
         norm = math.nan if gradient_norm is None else gradient_norm
-        self._steps.numpy()[position] = loss, norm, 0.0 if finite else math.nan
-        return finite
+        self._steps.numpy()[position] = loss, norm, 0.0 if allowed else math.nan
+        return allowed
 
-    def _note_on_device(self, position: int, loss: Tensor, gradient_norm: Tensor | None) -> Tensor:
+    def _note_on_device(
+        self, position: int, loss: Tensor, gradient_norm: Tensor | None, outlying: Tensor | None = None
+    ) -> Tensor:
         """The same, without waiting."""
         told = [loss.detach()] if gradient_norm is None else [loss.detach(), gradient_norm.detach()]
         values = torch.stack(told)
@@ -154,6 +165,8 @@ class StatisticsRecorder:
         row[: len(told)] = values
         if gradient_norm is None:
             row[_NORM] = float("nan")
+        if outlying is not None:
+            defect = torch.where(outlying, float("nan"), defect)
         row[_SKIPPED] = defect
         return defect == 0.0
 
@@ -285,12 +298,13 @@ class StatisticsRecorder:
         self._steps = torch.zeros(capacity_steps, 3, device=self._steps.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps of the interval so far, as tensors; a probe is taken and used within one step and not kept."""
+        """The steps of the interval so far and the running loss; a probe is used within its step and not kept."""
         count = len(self._learning_rates)
         return {
             "steps": self._steps[:count].cpu().clone(),
             "learning_rates": torch.tensor(self._learning_rates, dtype=torch.float64),
             "limits": torch.tensor(self._limits, dtype=torch.float64),
+            "outliers": self.outliers.state.cpu().clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -299,4 +313,6 @@ class StatisticsRecorder:
         self._steps[: len(steps)] = steps.to(self._steps.device)
         self._learning_rates = state["learning_rates"].tolist()
         self._limits = state["limits"].tolist()
+        if "outliers" in state:  # not in those of earlier versions
+            self.outliers.state.copy_(state["outliers"])
         self._probes.fill_(float("nan"))

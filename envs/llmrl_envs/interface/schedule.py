@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmrl_envs.interface.action import ActionTable, LevelUnit, UpdateChoice
 from llmrl_envs.interface.base_schedule import base_factor
-from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, job_scale
+from llmrl_envs.interface.job_scale import NOT_A_CLASSIFIER, job_scale, leaning_scale
 from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import Booleans, Floats, Integers
 
@@ -83,6 +83,7 @@ class Schedule:
         self.num_measurements: Integers = np.zeros(lanes, np.int64)
         self.grid_shift: Floats = np.ones(lanes)
         self.job_scale: Floats = np.ones(lanes)
+        self.leaning_scale: Floats = np.ones(lanes)
         self.capable: Booleans = np.ones((lanes, len(_SETTING_CHOICES)), np.bool_)
 
     @property
@@ -105,6 +106,7 @@ class Schedule:
         self.num_measurements[lanes] = 0
         self.grid_shift[lanes] = 1.0
         self.job_scale[lanes] = 1.0
+        self.leaning_scale[lanes] = 1.0
         for flag in (self.frozen, self.tight, self.leaning, self.has_snapshot, self.fallen_back):
             flag[lanes] = False
 
@@ -130,6 +132,7 @@ class Schedule:
         """
         nats = np.broadcast_to(np.asarray(label_nats, np.float64), np.shape(mode))
         self.job_scale = job_scale(mode, nats, num_parameters)
+        self.leaning_scale = leaning_scale(nats)
 
     def observe_norms(self, update_norm: Floats, weight_norm: Floats) -> None:
         """Takes in ||u|| and ||theta||, float64[E]; values that are not finite and positive are passed over.
@@ -153,7 +156,7 @@ class Schedule:
 
     def _keep_rate(self, lanes: Booleans, rate: Floats) -> None:
         """Moves the level to where the learning rate at the peak is `rate`, float64[E], exactly."""
-        wanted = np.where(lanes, rate / (self.weight_to_update * self.job_scale), 1.0)
+        wanted = np.where(lanes, rate / (self.weight_to_update * self._scale()), 1.0)
         nearest = np.abs(np.log(self._grid)[None, :] - np.log(wanted)[:, None]).argmin(axis=1)
         highest = np.clip(self.highest_level + nearest - self.level, 0, len(self._grid) - 1)
         self.highest_level = np.where(lanes, highest, self.highest_level)
@@ -169,7 +172,11 @@ class Schedule:
     def peak_rate(self) -> Floats:
         """The learning rate that each lane's level means where the base schedule is 1, float64[E]."""
         relative = self.table.unit is LevelUnit.RELATIVE_UPDATE
-        return self.level_value() * (self.weight_to_update * self.job_scale if relative else self.given_rate)
+        return self.level_value() * (self.weight_to_update * self._scale() if relative else self.given_rate)
+
+    def _scale(self) -> Floats:
+        """What a level means for the jobs as they step now, float64[E]."""
+        return self.job_scale * np.where(self.leaning, self.leaning_scale, 1.0)
 
     def factor(self, step: Integers) -> Floats:
         """Base schedule and cooldown at the optimizer steps with indices `step`, float64[E]."""
@@ -194,6 +201,10 @@ class Schedule:
     def momentum_share(self) -> Floats:
         """Share of Adam's mean in an update, the rest being the step's own gradient; float64[E], 1 for plain Adam."""
         return np.where(self.leaning, QUASI_HYPERBOLIC_SHARE, 1.0)
+
+    def skips_outliers(self) -> bool:
+        """Steps whose loss stands out are not taken; see `OutlierSteps`."""
+        return self.settings.skip_outliers
 
     # -- actions --------------------------------------------------------------------------------------------------
 
@@ -297,7 +308,7 @@ class Schedule:
     _STATE = (
         "step", "total_steps", "given_rate", "level", "highest_level", "decisions_since_change", "last_action",
         "frozen", "tight", "leaning", "cooldown_start", "rollbacks_left", "has_snapshot", "fallen_back",
-        "weight_to_update", "num_measurements", "grid_shift", "job_scale", "capable",
+        "weight_to_update", "num_measurements", "grid_shift", "job_scale", "leaning_scale", "capable",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, NDArray[np.generic]]:
@@ -308,7 +319,7 @@ class Schedule:
         """Restores what `state_dict` gave; in earlier versions too, whose jobs never leaned on their gradients."""
         for name in self._STATE:
             older = "mode_scale" if name == "job_scale" and name not in state else name
-            if older in state or name != "leaning":
+            if older in state or name not in ("leaning", "leaning_scale"):
                 setattr(self, name, np.array(state[older]))
         missing = len(_SETTING_CHOICES) - self.capable.shape[1]
         self.capable = np.pad(self.capable, ((0, 0), (0, max(missing, 0))))

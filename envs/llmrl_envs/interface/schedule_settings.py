@@ -12,7 +12,7 @@ from llmrl_envs.interface.base_schedule import BASE_NAMES, USUAL_DECISIONS, Base
 from llmrl_envs.interface.statistics import Integers
 
 ADDED_SETTINGS = frozenset(
-    {"earliest_cooldown", "earliest_move", "latest_move", "decisions_per_job", "early_decisions"}
+    {"earliest_cooldown", "earliest_move", "latest_move", "decisions_per_job", "early_decisions", "skip_outliers"}
 )
 """Settings that policies of earlier versions lack: they have the default."""
 
@@ -38,6 +38,7 @@ class ScheduleSettings:
         smoothing: Weight of a new measurement of ||theta|| / ||u||, in log space, after the first few.
         decisions_per_job: About how many decisions a job has, as long as four optimizer steps lie between them.
         early_decisions: Seven of them come sooner at the beginning, where a wrong rate does its damage.
+        skip_outliers: A step whose loss stands out is not taken; see `OutlierSteps`.
     """
 
     base: BaseName = "linear"
@@ -51,6 +52,7 @@ class ScheduleSettings:
     smoothing: float = 0.5
     decisions_per_job: int = USUAL_DECISIONS
     early_decisions: bool = True
+    skip_outliers: bool = True
 
     def __post_init__(self) -> None:
         if self.base not in BASE_NAMES:

@@ -80,6 +80,12 @@ class TrainingStatistics:
         """bool[E], lanes that took steps in the interval and had to skip every one."""
         return np.asarray((self.skipped | ~self.valid).all(axis=1) & (self.num_steps > 0))
 
+    @property
+    def ends_skipped(self) -> Booleans:
+        """bool[E], lanes whose last step of the interval was skipped: nothing tells whether the weights are sound."""
+        positions: Integers = np.arange(self.loss.shape[1])
+        return np.asarray((self.skipped & (positions[None, :] == self.num_steps[:, None] - 1)).any(axis=1))
+
 
 def empty_statistics(
     total_steps: Integers,  # [E]

@@ -28,7 +28,8 @@ class SteeringUpdate:
     Attributes:
         observation: float32[E, O].
         at_best: bool[E], lanes whose smoothed train loss is the lowest so far and that may still roll back: worth a
-            snapshot. None that has shown a validation loss: that one then says which state is best.
+            snapshot. None that has shown a validation loss: that one then says which state is best. None whose last
+            step was skipped: its loss may have stood out because the weights are broken.
         fell_back: bool[E], lanes that the guard has just taken out of the policy's hands.
     """
 
@@ -138,7 +139,7 @@ class Steering:
         behind &= self._guarded
         fell_back = behind & ~self.schedule.fallen_back
         self.schedule.fall_back(behind)
-        at_best &= self.schedule.may_roll_back & ~self.overfit.knows
+        at_best &= self.schedule.may_roll_back & ~self.overfit.knows & ~statistics.ends_skipped
         return SteeringUpdate(observation, at_best, fell_back)
 
     @property

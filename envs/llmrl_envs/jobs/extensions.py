@@ -34,6 +34,9 @@ class StepRates(Protocol):
     def momentum_share(self) -> Floats:
         """Share of Adam's mean in an update, float64[1]; see `lean_on_gradient`."""
 
+    def skips_outliers(self) -> bool:
+        """Steps whose loss stands out are not taken; see `OutlierSteps`."""
+
 
 class OptimizerFactory(Protocol):
     """Makes the optimizer of a session, whose groups' `lr` is set before every step."""

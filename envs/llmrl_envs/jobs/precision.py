@@ -51,24 +51,34 @@ class Precision:
         if self._scaler.is_enabled():
             self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor, momentum_share: float = 1.0) -> None:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_norm: Tensor,
+        momentum_share: float = 1.0,
+        *,
+        allowed: Tensor | bool = True,
+    ) -> None:
         """One optimizer step, not taken where the norm of all gradients is not finite.
 
         Args:
             optimizer: Steps.
             gradient_norm: Of all gradients together, a scalar.
             momentum_share: See `lean_on_gradient`.
+            allowed: Whether it may be taken at all; a scalar on the device is not waited for with a fused optimizer.
         """
         leaning = LeaningStep(optimizer)
         leaning.begin(momentum_share)
         try:
-            self._take_step(optimizer, gradient_norm)
+            self._take_step(optimizer, gradient_norm, allowed)
         finally:
             leaning.end()
 
-    def _take_step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor) -> None:
-        finite = torch.isfinite(gradient_norm)
+    def _take_step(self, optimizer: torch.optim.Optimizer, gradient_norm: Tensor, allowed: Tensor | bool) -> None:
+        finite = torch.isfinite(gradient_norm) & allowed
         if self._scaler.is_enabled():
+            if not bool(allowed):  # the scaler knows of what is not finite, and of nothing else
+                optimizer.zero_grad(set_to_none=True)
             self._scaler.step(optimizer)
             self._scaler.update()
         elif all(group.get("fused") for group in optimizer.param_groups):

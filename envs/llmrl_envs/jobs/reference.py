@@ -28,7 +28,7 @@ def given_rate_schedule(base: str, total_steps: int, learning_rate: float, warmu
         learning_rate: Peak rate.
         warmup_fraction: Share of the budget spent rising to it.
     """
-    settings = ScheduleSettings(base=base, warmup_fraction=warmup_fraction)  # type: ignore[arg-type]
+    settings = ScheduleSettings(base=base, warmup_fraction=warmup_fraction, skip_outliers=False)  # type: ignore[arg-type]
     return Schedule(action_table("factors"), np.array([total_steps]), np.array([learning_rate]), settings)
 
 

@@ -137,10 +137,12 @@ class FineTuningSession:
         rates = [float(schedule.learning_rate(np.array([self.step + i]))[0]) for i in range(num_steps)]
         limit = self.task.optimizer.max_grad_norm * float(schedule.clipping_factor()[0])
         frozen, share = bool(schedule.frozen[0]), float(schedule.momentum_share()[0])
+        skip_outliers = self._record and schedule.skips_outliers()
         self._model.train()
         with self._own_random_state():
             for index, rate in enumerate(rates):
-                self._train_step(rate, limit, share, frozen=frozen, probe=self._record and index == num_steps - 1)
+                probe = self._record and index == num_steps - 1
+                self._train_step(rate, limit, share, frozen=frozen, probe=probe, skip_outliers=skip_outliers)
         if not self._record:
             return self._unrecorded(num_steps)
         world = self.parallel.world_size
@@ -154,7 +156,9 @@ class FineTuningSession:
         empty = self.initial_statistics()
         return TrainingStatistics(**{**vars(empty), "step": np.array([self.step], np.int64)})
 
-    def _train_step(self, rate: float, limit: float, share: float, *, frozen: bool, probe: bool) -> None:
+    def _train_step(
+        self, rate: float, limit: float, share: float, *, frozen: bool, probe: bool, skip_outliers: bool
+    ) -> None:
         loss = self._accumulate_gradients()
         if frozen:
             for name in self._lower_half:
@@ -163,11 +167,16 @@ class FineTuningSession:
         active = [p for p in self._parameters.values() if p.grad is not None]
         norm = self._clip(active, limit)
         self._recorder.before_update(active, probe=probe)
+        allowed: Tensor | bool = True
         if self._record:
-            self._recorder.record_step(loss, norm, learning_rate=rate, max_gradient_norm=limit)
+            world = self.parallel.world_size
+            shared = self.parallel.sum(loss) / world if skip_outliers and world > 1 else loss
+            allowed = self._recorder.record_step(
+                shared, norm, learning_rate=rate, max_gradient_norm=limit, skip_outliers=skip_outliers
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.precision.step(self.optimizer, norm, share)
+        self.precision.step(self.optimizer, norm, share, allowed=allowed)
         self._recorder.after_update(active, probe=probe)
         self.optimizer.zero_grad(set_to_none=True)
         if self._average:
@@ -260,9 +269,11 @@ class FineTuningSession:
             self._best = snapshot.best
             self.step, self.tokens_trained = int(position["step"]), int(position["tokens_trained"])
             self.precision.load_state_dict(position)
+            self._recorder.outliers.load_values(position)
 
     def _position(self) -> dict[str, float]:
-        return {"step": self.step, "tokens_trained": self.tokens_trained, **self.precision.state_dict()}
+        counts = {"step": self.step, "tokens_trained": self.tokens_trained}
+        return counts | self.precision.state_dict() | self._recorder.outliers.values()
 
     def mark_best(self) -> None:
         """Keeps the present state as the one that `roll_back` returns to, in the host's memory."""

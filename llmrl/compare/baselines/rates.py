@@ -25,7 +25,7 @@ class Scheduler(Protocol):
 
 
 class _Plain:
-    """What no baseline does: freeze layers, tighten clipping, lean on a step's own gradient."""
+    """What no baseline does: freeze layers, tighten clipping, lean on a step's own gradient, skip what stands out."""
 
     @property
     def frozen(self) -> Booleans:
@@ -36,6 +36,9 @@ class _Plain:
 
     def momentum_share(self) -> Floats:
         return np.ones(1)
+
+    def skips_outliers(self) -> bool:
+        return False
 
 
 class FixedRates(_Plain):

@@ -1,5 +1,6 @@
 """A policy in a loop of one's own: what `before_step` and `after_step` do to a job, and what goes into a checkpoint."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ from llmrl_envs.errors import UserError
 from transformers import AutoModelForCausalLM
 
 from llmrl import ScheduleController
+from llmrl.policy import hold_policy
 
 STEPS = 24
 
@@ -154,7 +156,7 @@ def test_a_step_that_is_not_finite_is_not_taken(hold, fused, factor):
 
 
 def test_a_spike_is_an_event(hold):
-    loop = Loop(hold, steps=60)
+    loop = Loop(hold_policy(dataclasses.replace(hold.settings, skip_outliers=False)), steps=60)
     for number in range(20):
         loop.step(number % 2)
     loop.step(0, factor=50.0)
@@ -308,6 +310,31 @@ def test_a_step_that_is_not_finite_is_not_leant_on(scripted, fused):
     loop.step(5)
     assert not torch.equal(loop.weights(), before)
     assert torch.isfinite(loop.weights()).all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_whose_loss_stands_out_is_not_taken(hold, fused):
+    loop = Loop(hold, steps=24, fused=fused)
+    for number in range(12):
+        loop.step(number % 4)
+    before = loop.weights()
+    loop.step(12, factor=20.0)
+    assert torch.equal(loop.weights(), before)
+    for number in range(13, 24):
+        loop.step(number % 4)
+    assert not torch.equal(loop.weights(), before)
+    assert sum(events.get("skipped_steps", 0) for events in loop.events()) == 1
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_steps_whose_loss_stands_out_are_taken_where_a_policy_or_a_job_without_guards_says_so(hold, guarded):
+    settings = dataclasses.replace(hold.settings, skip_outliers=not guarded)
+    loop = Loop(hold_policy(settings), steps=24, guarded=guarded)
+    for number in range(12):
+        loop.step(number % 4)
+    before = loop.weights()
+    loop.step(12, factor=20.0)
+    assert not torch.equal(loop.weights(), before)
 
 
 def test_only_adam_can_lean(scripted):

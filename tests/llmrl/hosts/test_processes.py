@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 
 STEPS = 16
-ACTIONS = ("hold", "one_up", "freeze", "rollback", "tighten", "hold")
-CASES = ("alone", "ddp", "fsdp2", "fsdp2-lora", "ddp-lora", "ddp-poisoned", "fsdp2-poisoned", "trainer",
-         "trainer-fsdp2")  # fmt: skip
+ACTIONS = {
+    "moves": ("hold", "one_up", "freeze", "rollback", "tighten", "hold"),
+    "lean": ("hold", "lean", "one_up", "hold", "cooldown", "hold"),
+}
+CASES = ("ddp", "ddp-lean", "fsdp2", "fsdp2-lean", "fsdp2-lora", "ddp-lora", "ddp-poisoned", "fsdp2-poisoned",
+         "trainer", "trainer-lean", "trainer-fsdp2")  # fmt: skip
+ALONE = ("alone", "alone-lean")
+AS_ALONE = ("ddp", "ddp-lean", "fsdp2", "fsdp2-lean", "trainer", "trainer-lean", "trainer-fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +27,11 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     found = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stderr[-3000:]
-    ranks = {case: (0,) if case == "alone" else (0, 1) for case in CASES}
-    return {case: [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in ranks[case]] for case in CASES}
+    ranks = {case: (0, 1) for case in CASES} | {case: (0,) for case in ALONE}
+    return {case: [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in ranks[case]] for case in ranks}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "alone"])
+@pytest.mark.parametrize("case", CASES)
 def test_both_processes_decide_and_train_alike(results, case):
     first, second = results[case]
     assert first["rates"] == second["rates"]
@@ -34,11 +39,18 @@ def test_both_processes_decide_and_train_alike(results, case):
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2", "trainer", "trainer-fsdp2"])
+@pytest.mark.parametrize("case", AS_ALONE)
 def test_two_processes_are_steered_as_one_is(results, case):
-    assert results[case][0]["rates"] == pytest.approx(results["alone"][0]["rates"], rel=1e-3)
-    assert results[case][0]["actions"] == results["alone"][0]["actions"]
-    assert results[case][0]["weights"] == pytest.approx(results["alone"][0]["weights"], rel=1e-3)
+    found, alone = results[case][0], results["alone-lean" if case.endswith("lean") else "alone"][0]
+    assert found["actions"] == alone["actions"]
+    assert found["rates"] == pytest.approx(alone["rates"], rel=1e-3)
+    assert found["weights"] == pytest.approx(alone["weights"], rel=1e-3)
+
+
+def test_a_job_that_leans_does_what_its_policy_says_and_trains_otherwise(results):
+    plain, leaning = (results[case][0] for case in ALONE)
+    assert leaning["actions"] == list(ACTIONS["lean"])
+    assert leaning["weights"] != pytest.approx(plain["weights"], rel=1e-6)
 
 
 def test_sharded_adapters_are_measured_as_replicated_ones(results):
@@ -71,7 +83,7 @@ def test_the_first_process_decides(results):
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def make_policy(rank):
+def make_policy(rank, case):
     import numpy as np
 
     from llmrl.policy import PolicyDecision, SchedulePolicy, hold_policy
@@ -81,11 +93,13 @@ def make_policy(rank):
 
         def act(self, observation, mask):
             position = len(self.wanted)
-            name = ACTIONS[position] if rank == 0 and position < len(ACTIONS) else "hold" if rank == 0 else "two_down"
+            name = actions[position] if rank == 0 and position < len(actions) else "hold" if rank == 0 else other
             self.wanted.append(name)
             return PolicyDecision(np.array([self.table.names.index(name)]), np.zeros(mask.shape, np.float32))
 
-    hold = hold_policy()
+    table = "lean" if case.endswith("lean") else "moves"
+    actions, other = ACTIONS[table], "cooldown" if table == "lean" else "two_down"
+    hold = hold_policy(actions=table)
     made = Wilful(hold.table, hold.spec, hold.settings, None)
     made.wanted = []
     return made
@@ -132,7 +146,7 @@ def run_loop(case, accelerator):
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, 2)
     model = share(make_model(lora="lora" in case), case, accelerator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    policy = make_policy(rank)
+    policy = make_policy(rank, case)
     controller = ScheduleController(policy, snapshots="memory")
     host = None if case.startswith("fsdp2") else accelerator
     capabilities = controller.attach(model, optimizer, host, total_steps=STEPS)
@@ -179,7 +193,7 @@ def run_trainer(folder, case, rank):
 
     noted = Rates()
     noted.rates = []
-    policy = make_policy(rank)
+    policy = make_policy(rank, case)
     # Unguarded, or the evaluations would say which state is best, which the loops do not know.
     callback = ScheduleCallback(policy, snapshots="memory", guarded=False)
     model = make_model(lora=False)
@@ -231,7 +245,7 @@ def one_of_two(folder):
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     rank = accelerator.process_index
-    for case in CASES[1:]:
+    for case in CASES:
         in_trainer = case.startswith("trainer")
         found = run_trainer(folder, case, rank) if in_trainer else run_loop(case, accelerator)
         (folder / f"{case}-{rank}.json").write_text(json.dumps(found))
@@ -244,7 +258,8 @@ def main(folder):
 
     torch.set_num_threads(1)
     debug_launcher(one_of_two, args=(folder,), num_processes=2)
-    (folder / "alone-0.json").write_text(json.dumps(run_loop("alone", None)))
+    for case in ALONE:
+        (folder / f"{case}-0.json").write_text(json.dumps(run_loop(case, None)))
 
 
 if __name__ == "__main__":

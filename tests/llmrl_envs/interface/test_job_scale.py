@@ -7,10 +7,12 @@ from llmrl_envs.interface.job_scale import (
     FULL_LABEL_NATS,
     LARGEST_CLASSIFIER,
     LARGEST_LANGUAGE_MODEL,
+    LEAST_LEANING_SCALE,
     LORA_LEVEL_SCALE,
     NOT_A_CLASSIFIER,
     job_scale,
     label_nats,
+    leaning_scale,
 )
 from llmrl_envs.interface.schedule import Schedule
 from llmrl_envs.interface.schedule_settings import ScheduleSettings
@@ -20,6 +22,12 @@ from llmrl_envs.interface.statistics import TuningMode
 @pytest.mark.parametrize(("classes", "nats"), [(1, np.log(2)), (2, np.log(2)), (20, np.log(20)), (1000, np.log(1000))])
 def test_a_label_holds_the_logarithm_of_the_classes(classes, nats):
     assert label_nats(classes) == pytest.approx(nats, rel=1e-15)
+
+
+def test_a_leaning_step_of_a_classifier_falls_with_the_root_of_what_a_label_holds_and_not_below_its_least():
+    nats = np.array([np.log(2), np.log(3), FULL_LABEL_NATS / 2, FULL_LABEL_NATS, 9.0, NOT_A_CLASSIFIER])
+    expected = [LEAST_LEANING_SCALE, LEAST_LEANING_SCALE, np.sqrt(0.5), 1.0, 1.0, 1.0]
+    np.testing.assert_allclose(leaning_scale(nats), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("classes", [0, -1])

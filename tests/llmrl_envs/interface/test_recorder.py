@@ -237,6 +237,16 @@ def test_a_step_is_noted_on_a_device_as_on_a_cpu(loss, norm):
     torch.testing.assert_close(first, second, rtol=0.0, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize("outlying", [False, True])
+@pytest.mark.parametrize("loss", [2.0, float("nan")])
+def test_a_step_that_stands_out_is_noted_on_a_device_as_on_a_cpu(loss, outlying):
+    job = Job([(5,)])
+    on_device = job.recorder._note_on_device(0, torch.tensor(loss), torch.tensor(1.0), torch.tensor(outlying))
+    on_cpu = job.recorder._note_on_cpu(1, loss, 1.0, torch.tensor(outlying))
+    assert bool(on_device) is on_cpu is (math.isfinite(loss) and not outlying)
+    torch.testing.assert_close(*job.recorder._steps[:2], rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_an_interval_starts_empty():
     job = Job([(5,)])
     job.step()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llmrl_envs.errors import UserError
 from llmrl_envs.interface.action import ACTION_TABLES, DEFAULT_RELATIVE_UPDATE, UpdateChoice, action_table
 from llmrl_envs.interface.base_schedule import base_factor, decision_intervals
-from llmrl_envs.interface.job_scale import LORA_LEVEL_SCALE
+from llmrl_envs.interface.job_scale import LORA_LEVEL_SCALE, leaning_scale
 from llmrl_envs.interface.schedule import QUASI_HYPERBOLIC_SHARE, TIGHT_CLIPPING, Schedule
 from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from llmrl_envs.interface.statistics import TuningMode
@@ -508,10 +508,22 @@ def test_leaning_lasts_until_a_guard_takes_over_and_only_then_may_the_level_rise
     assert "lean" in available(schedule)
 
 
+def test_a_classifier_of_few_classes_leans_at_a_lower_rate_and_a_guard_takes_that_back():
+    schedule = build("lean")
+    nats = np.log([2.0])
+    schedule.observe_job(np.array([int(TuningMode.FULL)]), nats)
+    at(schedule, 30)
+    before = schedule.peak_rate()
+    do(schedule, "lean")
+    np.testing.assert_allclose(schedule.peak_rate(), before * leaning_scale(nats))
+    schedule.step_down(np.array([1]))
+    np.testing.assert_allclose(schedule.peak_rate(), before * schedule.table.levels[3] / schedule.table.levels[4])
+
+
 def test_the_state_of_a_version_that_could_not_lean_is_still_read():
     schedule, other = build(), build()
     state = schedule.state_dict()
-    del state["leaning"]
+    del state["leaning"], state["leaning_scale"]
     state["capable"] = state["capable"][:, :-1]
     other.load_state_dict(state)
     assert not other.leaning[0]

@@ -61,6 +61,25 @@ def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_moments(name, f
     assert all(torch.equal(torch.as_tensor(own[name]), torch.as_tensor(other[name])) for name in other)
 
 
+@pytest.mark.parametrize(("name", "fused"), [("fp32", True), ("fp32", False), ("fp16", True), ("fp16", False)])
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_a_step_that_is_not_allowed_moves_nothing_and_leaves_the_loss_scale_alone(name, fused, share):
+    precision, parameter, optimizer = job(name, fused=fused)
+    step(precision, parameter, optimizer, [1.0, 2.0])
+    before, state = parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
+    scale = precision.state_dict().get("loss_scale")
+    precision.scale((parameter * torch.tensor([3.0, -1.0])).sum()).backward()
+    precision.unscale(optimizer)
+    allowed = torch.tensor(False) if fused else False
+    precision.step(optimizer, parameter.grad.norm(), share, allowed=allowed)
+    optimizer.zero_grad()
+    assert torch.equal(parameter, before)
+    assert all(torch.equal(value, optimizer.state[parameter][name]) for name, value in state.items())
+    assert precision.state_dict().get("loss_scale") == scale
+    step(precision, parameter, optimizer, [1.0, 2.0])
+    assert not torch.equal(parameter, before)
+
+
 def test_the_loss_scale_falls_after_an_overflow_and_its_state_is_kept():
     precision, parameter, optimizer = job("fp16")
     step(precision, parameter, optimizer, [1.0, 1.0])

@@ -14,12 +14,13 @@ from llmrl_envs.interface.statistics import TuningMode
 from llmrl_envs.jobs.data import batch_indices
 from llmrl_envs.jobs.losses import batch_loss
 from llmrl_envs.jobs.parallel import SingleProcess
+from llmrl_envs.jobs.reference import given_rate_schedule
 from llmrl_envs.jobs.session import FineTuningSession, lower_half
 
 
-def constant(job, learning_rate=3e-3):
+def constant(job, learning_rate=3e-3, **changes):
     """A schedule of one rate that can still freeze and tighten."""
-    settings = ScheduleSettings(base="constant", warmup_fraction=0.0)
+    settings = ScheduleSettings(base="constant", warmup_fraction=0.0, **changes)
     return Schedule(action_table("moves"), np.array([job.task.steps]), np.array([learning_rate]), settings)
 
 
@@ -29,8 +30,8 @@ def with_rate(schedule, learning_rate=3e-3):
     return schedule
 
 
-def rates(job, learning_rate=3e-3):
-    return with_rate(constant(job), learning_rate)
+def rates(job, learning_rate=3e-3, **changes):
+    return with_rate(constant(job, **changes), learning_rate)
 
 
 def do(schedule, name):
@@ -95,10 +96,46 @@ def test_a_bad_batch_raises_the_loss_of_its_step_and_leaves_the_data_as_it_is(ma
     """Trained first, so that there is something that it contradicts."""
     clean, bad = make_job(kind, steps=45), make_job(kind, steps=45, bad_batches=(41,))
     assert bad.data is clean.data
-    (_, usual), (_, losses) = (run(job, (45,), schedule=rates(job, 1e-2)) for job in (clean, bad))
+    (_, usual), (_, losses) = (run(job, (45,), schedule=rates(job, 1e-2, skip_outliers=False)) for job in (clean, bad))
     np.testing.assert_array_equal(losses[:41], usual[:41])
     assert losses[41] > 1.25 * usual[41]
     assert losses[42] != usual[42]
+
+
+def raised(job, at=41, **arguments):
+    """A session whose loss, and gradients with it, are three times what they were, at one step."""
+    session = FineTuningSession(job, seed=5, **arguments)
+    # Far from the largest scale, where no gradient overflows.
+    session.precision.load_state_dict({"loss_scale": 16.0, "loss_scale_growth": 0.0})
+    training_loss = session._passes.training_loss
+    session._passes.training_loss = lambda model, batch: training_loss(model, batch) * (3 if session.step == at else 1)
+    return session
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16"}, {"mode": "lora"}], ids=str)
+def test_a_step_that_stands_out_is_not_taken(make_job, settings):
+    """In a session that has come there, and in one that goes on from its snapshot."""
+    job = make_job(steps=46, **settings)
+    session = raised(job)
+    session.run_interval(41, rates(job, 1e-2))
+    before, snapshot = weights(session), session.snapshot()
+    for attempt in (session, raised(job)):
+        attempt.restore(snapshot)
+        found = attempt.run_interval(1, rates(job, 1e-2))
+        assert found.skipped.tolist() == [[True]]
+        assert np.isnan(found.loss).all()
+        assert_equal(weights(attempt), before)
+        assert not attempt.run_interval(4, rates(job, 1e-2)).skipped.any()
+        assert changed(weights(attempt), before)
+    session.restore(snapshot)
+    session.run_interval(1, rates(job, 1e-2, skip_outliers=False))
+    assert changed(weights(session), before)
+
+
+def test_a_usual_schedule_takes_every_step(make_job):
+    job = make_job(steps=45)
+    schedule = given_rate_schedule("constant", 45, 1e-2, 0.0)
+    assert not raised(job).run_interval(45, schedule).skipped.any()
 
 
 def test_accumulated_batches_equal_one_large_batch(make_job):

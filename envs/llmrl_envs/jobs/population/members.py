@@ -50,6 +50,7 @@ class IntervalPlan:
         frozen: The lower half of the layers stays as it is.
         probe: Measure the update at the last step.
         momentum_share: Of Adam's mean in its updates; see `lean_on_gradient`.
+        skip_outliers: Steps whose loss stands out are not taken; see `OutlierSteps`.
     """
 
     member: Member
@@ -58,6 +59,7 @@ class IntervalPlan:
     frozen: bool = False
     probe: bool = True
     momentum_share: float = 1.0
+    skip_outliers: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class IntervalResult:
     """What an interval of a job measured; see `TrainingStatistics`.
 
     Attributes:
-        loss: float64[N], nats per target.
+        loss: float64[N], nats per target; NaN where it stood out.
         gradient_norm: float64[N], before clipping.
         momentum_cosine: NaN where it was not measured, like the following ones.
         update_norm: ||u||.

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmrl_envs.interface.outliers import OutlierSteps
 from llmrl_envs.jobs.population.loss_scale import LossScales
 from llmrl_envs.jobs.population.optimizer import PopulationAdamW
 from llmrl_envs.jobs.population.stack import WeightStack, grown
@@ -28,6 +29,7 @@ class PopulationRows:
         stack: As given.
         optimizer: Moments.
         scales: Loss scales.
+        outliers: What is known of the jobs' losses.
         average: float32[C, N], the averaged weights; None where there are none.
         average_weight: float64[C], weight of a step in the average.
         touched: bool[C, 2], whether the optimizer has stepped the lower half and the rest.
@@ -37,6 +39,7 @@ class PopulationRows:
         self.stack = stack
         self.optimizer = PopulationAdamW(stack.layout, device)
         self.scales = LossScales(device, enabled=scaled)
+        self.outliers = OutlierSteps(0, device)
         self.average = torch.zeros(0, stack.layout.num_columns, device=device) if averaged else None
         self.average_weight: NDArray[np.float64] = np.zeros(0)
         self.touched: NDArray[np.bool_] = np.zeros((0, 2), np.bool_)
@@ -45,6 +48,8 @@ class PopulationRows:
         """Makes room for so many jobs."""
         for part in (self.stack, self.optimizer, self.scales):
             part.reserve(capacity)
+        if capacity > len(self.outliers.state):
+            self.outliers.state = grown(self.outliers.state, capacity)
         if self.average is not None and capacity > len(self.average):
             self.average = grown(self.average, capacity)
         missing = capacity - len(self.touched)
@@ -58,6 +63,7 @@ class PopulationRows:
         self.stack.weights[row] = self.stack.initial
         self.optimizer.begin(row, settings)
         self.scales.begin(row)
+        self.outliers.forget(row)
         self.touched[row] = False
         self.average_weight[row] = average_weight
         if self.average is not None:
@@ -69,6 +75,7 @@ class PopulationRows:
         self.stack.weights[targets] = self.stack.weights[sources]
         self.optimizer.move(targets, sources)
         self.scales.move(targets, sources)
+        self.outliers.state[targets] = self.outliers.state[sources]
         self.touched[targets] = self.touched[sources]
         self.average_weight[targets] = self.average_weight[sources]
         if self.average is not None:
@@ -99,5 +106,5 @@ class PopulationRows:
         """What a row's future depends on, by name, [C, ...] each; without `touched` and the tasks' own settings."""
         optimizer = self.optimizer
         found = {"weights": self.stack.weights, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-        found |= {"steps": optimizer.steps, "loss_scale": self.scales.state}
+        found |= {"steps": optimizer.steps, "loss_scale": self.scales.state, "outliers": self.outliers.state}
         return found if self.average is None else {**found, "average": self.average}

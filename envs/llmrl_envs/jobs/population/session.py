@@ -208,7 +208,8 @@ class PopulationSession:
             member.has_best = bool(saved["has_best"])
             self.rows.average_weight[member.row] = member.average_weight
         for name, tensor in self.rows.tensors().items():
-            tensor[:count] = torch.from_numpy(arrays[name]).to(tensor.device)
+            if name in arrays or name != "outliers":  # unknown to earlier versions
+                tensor[:count] = torch.from_numpy(arrays[name]).to(tensor.device)
         self.rows.touched[:count] = arrays["touched"]
         best = [member for member in self.members if member.has_best]
         kept = [

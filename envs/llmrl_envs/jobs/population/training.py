@@ -64,6 +64,8 @@ class PopulationTraining:
             rates[: lengths[place], place] = plan.rates
         on_device = torch.from_numpy(rates).to(self._device, non_blocking=True)
         limits = torch.tensor([plan.limit for plan in plans], device=self._device)
+        any_skips = any(plan.skip_outliers for plan in plans)
+        skips = torch.tensor([plan.skip_outliers for plan in plans], device=self._device)
         shares_of_mean = tuple(plan.momentum_share for plan in plans)
         measured = torch.full((2, longest, len(plans)), float("nan"), device=self._device)
         probes = torch.full((4, len(plans)), float("nan"), device=self._device)
@@ -76,6 +78,11 @@ class PopulationTraining:
             frozen = frozenset(place for place in range(count) if plans[place].frozen)
             norms = self._gradient_norms(start, stop, frozen)
             measured[1, index, :count] = norms
+            self._rows.scales.update(torch.isfinite(norms), start, stop)
+            if any_skips:
+                outlying = self._rows.outliers.judge(measured[0, index, :count], slice(start, stop)) & skips[:count]
+                measured[0, index, :count].masked_fill_(outlying, float("nan"))
+                norms = norms.masked_fill(outlying, float("nan"))
             step = RowStep(start, stop, on_device[index, :count], limits[:count], norms, frozen, shares_of_mean[:count])
             ending = [place for place in range(count) if lengths[place] == index + 1 and plans[place].probe]
             self._step(step, probes, ending)
@@ -94,7 +101,6 @@ class PopulationTraining:
             counted = torch.stack([touched[:, 0] & ~is_frozen, touched[:, 1]], dim=1)
             probes[0, first:last] = self._probe.cosines(gradients, step.start + first, step.start + last, counted)
         rows.optimizer.step(self._stack.weights, gradients, step)
-        rows.scales.update(torch.isfinite(step.norms), step.start, step.stop)
         rows.touched[step.start : step.stop, 1] = True
         rows.touched[[row for row in range(step.start, step.stop) if row - step.start not in step.frozen], 0] = True
         if ending:

@@ -40,8 +40,8 @@ def make_directory(tmp_path_factory, make_tokenizer):
 class AtRates:
     """A schedule of given rates, as `FineTuningSession` asks for them."""
 
-    def __init__(self, rates, *, frozen=False, share=1.0):
-        self._rates, self.frozen, self._share = rates, np.array([frozen]), share
+    def __init__(self, rates, *, frozen=False, share=1.0, skips=False):
+        self._rates, self.frozen, self._share, self._skips = rates, np.array([frozen]), share, skips
 
     def learning_rate(self, step):
         return np.array([self._rates[int(step[0]) % len(self._rates)]])
@@ -51,6 +51,9 @@ class AtRates:
 
     def momentum_share(self):
         return np.array([self._share])
+
+    def skips_outliers(self):
+        return self._skips
 
 
 def noise_only(name):
