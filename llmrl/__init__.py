@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmrl.hosts.trainer import ScheduleCallback
     from llmrl.policy import SchedulePolicy
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 __all__ = ["ScheduleCallback", "ScheduleController", "SchedulePolicy", "__version__"]
 
 _HOMES = {

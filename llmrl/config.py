@@ -171,6 +171,7 @@ class CompareConfig(Settings):
             trained with.
         guard_validates: The guards of steered jobs look at the validation loss, about twelve times a job; without, they
             have the train loss alone, and a steered job costs what a plain one does.
+        guard_skips: The guards of steered jobs skip steps whose loss stands out; see `OutlierSteps`.
         device: Where the jobs run; `auto` is a GPU when there is one.
         workers: Processes that share the runs.
         tracking: Weights & Biases.
@@ -187,6 +188,7 @@ class CompareConfig(Settings):
     oracle_factors: tuple[Positive, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
     schedule: ScheduleConfig | None = None
     guard_validates: bool = True
+    guard_skips: bool = True
     device: Device = "auto"
     workers: int = Field(default=1, ge=1)
     tracking: TrackingConfig = TrackingConfig()

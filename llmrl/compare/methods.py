@@ -205,7 +205,10 @@ def _policy(name: str, source: str, config: CompareConfig) -> PolicyMethod:
         chosen = SchedulePolicy.from_pretrained(source, where="methods" if name == source else "--policy")
     if name == RANDOM:
         chosen = RandomPolicy(chosen, seed=0)
-    return _steered(name, chosen, config.schedule or chosen.settings, guarded=True, validates=config.guard_validates)
+    settings = config.schedule or chosen.settings
+    if not config.guard_skips:
+        settings = replace(settings, skip_outliers=False)
+    return _steered(name, chosen, settings, guarded=True, validates=config.guard_validates)
 
 
 def _steered(

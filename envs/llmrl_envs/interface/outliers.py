@@ -1,10 +1,11 @@
-"""Batches that stand out: a step whose loss is far above those before, and above that of the first, is not taken.
+"""Batches that stand out: a step whose loss is far above those before, and far above the first ones, is not taken.
 
 Broken text or labels that belong elsewhere pull weights as far as any other batch, towards nothing that helps. Their
 loss tells, before the step is taken. Two things have to come together, since either happens to sound jobs as well: a
-loss far above its running mean, in units of its noise (a hard example, late in a job, is that too), and one above the
-losses that the job began with. The noise is read off from step to step (half the mean squared successive difference,
-von Neumann's estimator), which a falling loss does not disturb.
+loss far above its running mean, in units of its noise (so is that of a hard example late in a job, and of a classifier
+that begins to tell classes apart), and one half as large again as those that the job began with. The noise is read off
+from step to step (half the mean squared successive difference, von Neumann's estimator), which a falling loss does not
+disturb.
 
 Skipping batches at which the loss spikes is an old habit of those who train large models (Chowdhery et al. 2022,
 https://arxiv.org/abs/2204.02311, section 5.1). What it is worth: docs/log.md, "Steps at which the loss stands out".
@@ -17,8 +18,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-MULTIPLE = 6.0
+MULTIPLE = 10.0
 """Standard deviations of the noise above the running mean."""
+RATIO = 1.5
+"""Times the mean of the first losses; jobs that begin at zero or below, as reinforcement learning may, go unjudged."""
 MEMORY = 20
 """Steps that mean and noise remember, exponentially."""
 FIRST_STEPS = 3
@@ -74,7 +77,7 @@ class OutlierSteps:
         finite = torch.isfinite(losses)
         far = losses > mean + MULTIPLE * variance.sqrt()
         judged = (count >= LEAST_STEPS) & (skipped < MOST_IN_A_ROW)
-        outlying = finite & judged & far & (losses > first)
+        outlying = finite & judged & far & (first > 0.0) & (losses > RATIO * first)
         taken = finite & ~outlying
         start = torch.where(count < FIRST_STEPS, first + (losses - first) / (count + 1.0), first)
         mean_weight, noise_weight = (

@@ -76,6 +76,15 @@ def test_a_guard_without_validation_is_another_method_and_asks_for_none(make_con
     assert cheap["hold"].description["guard_validates"] is False
 
 
+def test_guards_can_be_told_to_take_steps_whose_loss_stands_out(make_config):
+    skipping, taking = (
+        resolve_methods(make_config(methods=["hold", "linear"], guard_skips=skips), "hold") for skips in (True, False)
+    )
+    assert [found["hold"].settings.skip_outliers for found in (skipping, taking)] == [True, False]
+    assert skipping["hold"].digest != taking["hold"].digest
+    assert skipping["linear"].digest == taking["linear"].digest
+
+
 def test_settings_of_the_comparison_replace_those_of_the_policy(make_config, make_policy, tmp_path: Path) -> None:
     folder = make_policy(tmp_path / "policy")
     methods = resolve_methods(make_config(methods=["policy", "hold"], schedule={"start": "given"}), str(folder))

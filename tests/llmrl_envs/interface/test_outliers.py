@@ -12,6 +12,7 @@ from llmrl_envs.interface.outliers import (
     MEMORY,
     MOST_IN_A_ROW,
     MULTIPLE,
+    RATIO,
     OutlierSteps,
 )
 
@@ -26,8 +27,9 @@ def written_out(losses):
         if not math.isfinite(loss):
             found.append(False)
             continue
-        above_all = loss > mean + MULTIPLE * math.sqrt(variance) and loss > statistics.fmean(taken[:FIRST_STEPS] or [0])
-        found.append(len(taken) >= LEAST_STEPS and in_a_row < MOST_IN_A_ROW and above_all)
+        first = statistics.fmean(taken[:FIRST_STEPS]) if taken else 0.0
+        far = loss > mean + MULTIPLE * math.sqrt(variance) and loss > RATIO * first > 0.0
+        found.append(len(taken) >= LEAST_STEPS and in_a_row < MOST_IN_A_ROW and far)
         in_a_row = in_a_row + 1 if found[-1] else 0
         if found[-1]:
             continue
@@ -47,7 +49,7 @@ def job(seed, steps=80, bad=()):
     """Losses of a job that learns, with batches that do not belong to it."""
     rng = np.random.default_rng(seed)
     losses = 4.0 - 2.0 * np.linspace(0.0, 1.0, steps) + 0.1 * rng.standard_normal(steps)
-    losses[list(bad)] = 6.0
+    losses[list(bad)] = 7.0
     return losses.tolist()
 
 
@@ -71,12 +73,26 @@ def test_a_job_is_not_judged_before_its_losses_are_known():
 
 def test_a_hard_example_late_in_a_job_is_learned_from():
     losses = job(0)
-    losses[70] = 3.5  # far above its neighbours, below the first losses
+    losses[70] = 5.0  # far above its neighbours, and a quarter above the first losses
+    assert not any(judged(losses))
+
+
+def test_a_classifier_that_begins_to_tell_classes_apart_learns_on():
+    """At chance there is hardly any noise, and of a sudden there is."""
+    rng = np.random.default_rng(0)
+    losses = 0.69 + np.concatenate([0.01 * rng.standard_normal(12), 0.15 * rng.standard_normal(30)])
+    assert max(losses[12:]) > 0.69 + 20 * 0.01
+    assert not any(judged(losses.tolist()))
+
+
+def test_losses_around_zero_are_not_judged():
+    losses = (0.001 * np.random.default_rng(0).standard_normal(60)).tolist()
+    losses[0:3], losses[40] = [0.0, 0.0, 0.0], 9.0
     assert not any(judged(losses))
 
 
 def test_a_job_that_is_elsewhere_goes_on_from_there():
-    losses = job(0, steps=40) + [6.0] * 30
+    losses = job(0, steps=40) + [7.0] * 30
     found = judged(losses)
     assert found[40:45] == [True] * MOST_IN_A_ROW
     assert not any(found[45:])
