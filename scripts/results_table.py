@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def results_section(results: Results, source: str) -> str:
     lines = [
         f"{len(tasks)} tasks, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({source}).",
         "Score: 1 is the best linear decay of a sweep of rates,",
-        f"0 the loss before fine-tuning. Interquartile means with 95 % intervals over {_units(seeds)}; in brackets",
+        "0 the loss before fine-tuning. Interquartile means with 95 % intervals over tasks; in brackets",
         "behind, the share of starts that end better than linear decay from the same rate. A job that ends worse than",
         "it began is a failure.",
         "",
@@ -45,11 +45,6 @@ def results_section(results: Results, source: str) -> str:
         lines.append(f"| {method} | {' | '.join(cells)} | {failures} |")
     lines += ["", "| target | measured | met |", "|---|---|---|"]
     return "\n".join([*lines, *(_target_row(target, results) for target in TARGETS)])
-
-
-def _units(seeds: Sequence[int]) -> str:
-    """What varies in the intervals: seeds within tasks, or the tasks themselves where there is one seed."""
-    return "seeds within tasks" if len(seeds) > 1 else "tasks"
 
 
 def _cell(told: Mapping[str, Any] | None, *, is_linear: bool) -> str:

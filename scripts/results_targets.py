@@ -48,8 +48,11 @@ class Target:
 
 
 def interval(told: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The interval over seeds within tasks, or where there is none that over tasks."""
-    for low, high in (("ci_low", "ci_high"), ("task_ci_low", "task_ci_high")):
+    """The interval over tasks, with the seeds of each; where there is one task alone, that over its seeds.
+
+    Over tasks is what a claim about other tasks needs, and several times as wide as over seeds within tasks.
+    """
+    for low, high in (("task_ci_low", "task_ci_high"), ("ci_low", "ci_high")):
         if told.get(low) is not None:
             return told[low], told[high]
     return None
