@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from llmrl_envs.errors import UserError
+from llmrl_envs.interface.schedule_settings import ScheduleSettings
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from llmrl import ScheduleCallback
+from llmrl.policy import hold_policy
 
 
 def weights(trainer):
@@ -70,8 +72,9 @@ def test_a_step_that_is_not_finite_is_not_taken(make_trainer, in_order, limit, o
     assert sum(row["llmrl/event_skipped_steps"] for row in rows) == 1
 
 
-def test_a_spike_and_a_job_that_only_breaks_are_events_in_the_log(make_trainer, in_order):
-    callback = ScheduleCallback("hold")
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_spike_and_a_job_that_only_breaks_are_events_in_the_log(make_trainer, in_order, skips):
+    callback = ScheduleCallback(hold_policy(ScheduleSettings(skip_outliers=skips)))
     wrong = {24: 30.0} | dict.fromkeys(range(30, 60), float("inf"))
 
     class Wrong(in_order):
@@ -84,8 +87,10 @@ def test_a_spike_and_a_job_that_only_breaks_are_events_in_the_log(make_trainer, 
     trainer = make_trainer([callback], trainer=Wrong, task={"steps": 60})
     trainer.train()
     rows = [row for row in trainer.state.log_history if "llmrl/level" in row]
-    (spike,) = [row for row in rows if row["llmrl/event_spike"] > 0]
-    assert spike["step"] == 28
+    stands_out = "llmrl/event_skipped_steps" if skips else "llmrl/event_spike"
+    assert next(row["step"] for row in rows if row[stands_out] > 0) == 28
+    assert skips or not any(row["llmrl/event_skipped_steps"] for row in rows if row["step"] <= 28)
+    assert not skips or not any(row["llmrl/event_spike"] for row in rows)
     assert [row["step"] for row in rows if row["llmrl/event_fallback"]] == [44]
     assert callback.controller.job.loop.schedule.fallen_back[0]
 
