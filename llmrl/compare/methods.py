@@ -205,10 +205,13 @@ def _policy(name: str, source: str, config: CompareConfig) -> PolicyMethod:
         chosen = SchedulePolicy.from_pretrained(source, where="methods" if name == source else "--policy")
     if name == RANDOM:
         chosen = RandomPolicy(chosen, seed=0)
-    settings = config.schedule or chosen.settings
-    if not config.guard_skips:
-        settings = replace(settings, skip_outliers=False)
+    settings = _guarding(config.schedule or chosen.settings, config)
     return _steered(name, chosen, settings, guarded=True, validates=config.guard_validates)
+
+
+def _guarding(settings: ScheduleSettings, config: CompareConfig) -> ScheduleSettings:
+    """The settings, as far as the comparison lets guards skip steps."""
+    return settings if config.guard_skips else replace(settings, skip_outliers=False)
 
 
 def _steered(
@@ -243,7 +246,8 @@ def _population(name: str, config: CompareConfig) -> PopulationMethod:
 
 def _best_level(config: CompareConfig) -> BestLevelMethod:
     """Its digest holds all tasks and seeds, since the level is chosen over all of them."""
-    hold = hold_policy(replace(config.schedule or ScheduleSettings(), start="default"))
+    settings = replace(config.schedule or ScheduleSettings(), start="default")
+    hold = hold_policy(_guarding(settings, config))
     levels = []
     for place in range(len(hold.table.levels)):
         table = replace(hold.table, default_level=place)

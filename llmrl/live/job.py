@@ -217,12 +217,9 @@ class LiveJob:
         if self._done == self.loop.interval - 1:
             self._active = [p for p in self._parameters.values() if late or p.grad is not None]
             self._recorder.before_update(self._active, probe=True, learning_rate=rate)
+        skips = not late and self.loop.schedule.skips_outliers()
         allowed = self._recorder.record_step(
-            loss,
-            norm,
-            learning_rate=rate,
-            max_gradient_norm=self.clipping_norm,
-            skip_outliers=not late and self.loop.schedule.skips_outliers(),
+            loss, norm, learning_rate=rate, max_gradient_norm=self.clipping_norm, skip_outliers=skips
         )
         if not late:
             scaled = getattr(self._accelerator, "scaler", None) is not None

@@ -78,10 +78,14 @@ def test_a_guard_without_validation_is_another_method_and_asks_for_none(make_con
 
 def test_guards_can_be_told_to_take_steps_whose_loss_stands_out(make_config):
     skipping, taking = (
-        resolve_methods(make_config(methods=["hold", "linear"], guard_skips=skips), "hold") for skips in (True, False)
+        resolve_methods(make_config(methods=["hold", "best_constant", "linear"], guard_skips=skips), "hold")
+        for skips in (True, False)
     )
-    assert [found["hold"].settings.skip_outliers for found in (skipping, taking)] == [True, False]
-    assert skipping["hold"].digest != taking["hold"].digest
+    for name in ("hold", "best_constant"):
+        assert skipping[name].digest != taking[name].digest
+    levels = taking["best_constant"].levels
+    assert not any(method.settings.skip_outliers for method in (taking["hold"], *levels))
+    assert skipping["hold"].settings.skip_outliers
     assert skipping["linear"].digest == taking["linear"].digest
 
 
