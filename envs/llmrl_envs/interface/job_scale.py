@@ -27,7 +27,7 @@ the adapters' own norms instead (`level_norm="adapters"`, kept for comparison) g
 """
 FULL_LABEL_NATS = 4.0
 """Nats in a label from which a level means what it means for a language model: 55 classes."""
-LEAST_LEANING_SCALE, LEAST_LORA_LEANING_SCALE = 0.8, 0.6
+LEAST_LEANING_SCALE = 0.6
 """Of a classifier of few classes; see `leaning_scale`."""
 LARGEST_LANGUAGE_MODEL, LARGEST_CLASSIFIER = 3.5e6, 15e6
 """Parameters of the largest models on which the default level was measured."""
@@ -67,19 +67,16 @@ def job_scale(mode: Integers, nats: Floats, num_parameters: Floats | float = 0.0
     return np.asarray(tuned * np.sqrt(np.minimum(nats / FULL_LABEL_NATS, 1.0)) * size)
 
 
-def leaning_scale(mode: Integers, nats: Floats) -> Floats:
+def leaning_scale(nats: Floats) -> Floats:
     """Factor on the rates of steps that lean on their own gradient, float64[E]: one but for classifiers of few classes.
 
     Such a step is up to 1.7 times as long as Adam's where gradients are mostly noise. Language models bear that and
-    gain by it; classifiers with adapters fly apart. See docs/log.md, "Classifiers that lean" and "Classifiers in full
-    bear more".
+    gain by it; classifiers fly apart. See docs/log.md, "Classifiers that lean".
 
     Args:
-        mode: int64[E], a `TuningMode`.
         nats: float64[E], label nats; infinity for language models.
 
-    >>> leaning_scale(np.array([0, 1, 1]), np.log([2.0, 2.0, 20.0])).round(3)
-    array([0.8  , 0.6  , 0.865])
+    >>> leaning_scale(np.log([2.0, 20.0, 77.0])).round(3)
+    array([0.6  , 0.865, 1.   ])
     """
-    least = np.where(np.asarray(mode) == TuningMode.LORA, LEAST_LORA_LEANING_SCALE, LEAST_LEANING_SCALE)
-    return np.asarray(np.clip(np.sqrt(np.asarray(nats, np.float64) / FULL_LABEL_NATS), least, 1.0))
+    return np.asarray(np.clip(np.sqrt(np.asarray(nats, np.float64) / FULL_LABEL_NATS), LEAST_LEANING_SCALE, 1.0))

@@ -132,7 +132,7 @@ class Schedule:
         """
         nats = np.broadcast_to(np.asarray(label_nats, np.float64), np.shape(mode))
         self.job_scale = job_scale(mode, nats, num_parameters)
-        self.leaning_scale = leaning_scale(mode, nats)
+        self.leaning_scale = leaning_scale(nats)
 
     def observe_norms(self, update_norm: Floats, weight_norm: Floats) -> None:
         """Takes in ||u|| and ||theta||, float64[E]; values that are not finite and positive are passed over.

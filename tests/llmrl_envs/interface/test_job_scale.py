@@ -8,7 +8,6 @@ from llmrl_envs.interface.job_scale import (
     LARGEST_CLASSIFIER,
     LARGEST_LANGUAGE_MODEL,
     LEAST_LEANING_SCALE,
-    LEAST_LORA_LEANING_SCALE,
     LORA_LEVEL_SCALE,
     NOT_A_CLASSIFIER,
     job_scale,
@@ -25,22 +24,10 @@ def test_a_label_holds_the_logarithm_of_the_classes(classes, nats):
     assert label_nats(classes) == pytest.approx(nats, rel=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("mode", "least"),
-    [
-        (TuningMode.FULL, LEAST_LEANING_SCALE),
-        (TuningMode.PARTIAL, LEAST_LEANING_SCALE),
-        (TuningMode.LORA, LEAST_LORA_LEANING_SCALE),
-    ],
-)
-def test_a_leaning_step_of_a_classifier_falls_with_the_root_of_what_a_label_holds_and_not_below_its_least(mode, least):
-    nats = np.array([np.log(2), np.log(3), 0.81 * FULL_LABEL_NATS, FULL_LABEL_NATS, 9.0, NOT_A_CLASSIFIER])
-    np.testing.assert_allclose(leaning_scale(np.full(6, mode), nats), [least, least, 0.9, 1.0, 1.0, 1.0], rtol=1e-15)
-
-
-def test_adapters_lean_at_lower_rates_than_the_whole_model():
-    of_full, of_adapters = leaning_scale(np.array([TuningMode.FULL, TuningMode.LORA]), np.log([2.0, 2.0]))
-    assert of_adapters < of_full < 1.0
+def test_a_leaning_step_of_a_classifier_falls_with_the_root_of_what_a_label_holds_and_not_below_its_least():
+    nats = np.array([np.log(2), np.log(3), FULL_LABEL_NATS / 2, FULL_LABEL_NATS, 9.0, NOT_A_CLASSIFIER])
+    expected = [LEAST_LEANING_SCALE, LEAST_LEANING_SCALE, np.sqrt(0.5), 1.0, 1.0, 1.0]
+    np.testing.assert_allclose(leaning_scale(nats), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("classes", [0, -1])

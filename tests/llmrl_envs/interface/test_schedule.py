@@ -510,12 +510,12 @@ def test_leaning_lasts_until_a_guard_takes_over_and_only_then_may_the_level_rise
 
 def test_a_classifier_of_few_classes_leans_at_a_lower_rate_and_a_guard_takes_that_back():
     schedule = build("lean")
-    mode, nats = np.array([int(TuningMode.LORA)]), np.log([2.0])
-    schedule.observe_job(mode, nats)
+    nats = np.log([2.0])
+    schedule.observe_job(np.array([int(TuningMode.FULL)]), nats)
     at(schedule, 30)
     before = schedule.peak_rate()
     do(schedule, "lean")
-    np.testing.assert_allclose(schedule.peak_rate(), before * leaning_scale(mode, nats))
+    np.testing.assert_allclose(schedule.peak_rate(), before * leaning_scale(nats))
     schedule.step_down(np.array([1]))
     np.testing.assert_allclose(schedule.peak_rate(), before * schedule.table.levels[3] / schedule.table.levels[4])
 
